@@ -1,0 +1,181 @@
+"""What a model is and what a run is: `ModelConfig` with the published shapes, and the run config that every stage reads."""
+
+import dataclasses
+import json
+from typing import Any
+
+from ml_collections import ConfigDict
+
+
+class InputError(ValueError):
+    """A mistake of the user's: its message is one line that says what is wrong, where, and what to do.
+
+    Entry points print the message alone and exit with code 2; see `llada_jax.cli`.
+    """
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Architecture of one Transformer. The field names are those of the published LLaDA `config.json`.
+
+    Defaults are LLaDA-8B (arXiv 2502.09992, Table 5, and its checkpoint).
+    """
+
+    d_model: int = 4096
+    n_layers: int = 32
+    n_heads: int = 32
+    n_kv_heads: int = 32  # fewer than n_heads: grouped-query attention
+    mlp_hidden_size: int = 12288
+    vocab_size: int = 126464  # ids that the tokenizer can produce
+    embedding_size: int = 126464  # rows of the embedding and of the head, at least vocab_size
+    max_sequence_length: int = 4096
+    rope_theta: float = 500000.0
+    rms_norm_eps: float = 1e-5
+    weight_tying: bool = False  # the head is the embedding
+    causal: bool = False  # only for the autoregressive control
+    mask_token_id: int = 126336
+    bos_token_id: int = 126080
+    eos_token_id: int = 126081
+    pad_token_id: int = 126081
+    eot_token_id: int = 126348
+    init: str = "mitchell"  # "mitchell" (LLaDA) or "normal" (iLLaDA); see model.py
+    init_std: float = 0.02
+    # How it is computed, not what it is:
+    dtype: str = "bfloat16"  # of activations and matrix products; parameters are float32
+    remat: str = "full"  # what the backward pass recomputes: "none", "full" or "dots"
+
+    @property
+    def head_dim(self) -> int:
+        return self.d_model // self.n_heads
+
+    def __post_init__(self):
+        def require(ok: bool, message: str):
+            if not ok:
+                raise InputError(f"config.model: {message}")
+
+        for name in ("d_model", "n_layers", "n_heads", "n_kv_heads", "mlp_hidden_size", "vocab_size"):
+            require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, must be positive")
+        require(self.d_model % self.n_heads == 0, f"d_model {self.d_model} is not a multiple of n_heads {self.n_heads}")
+        require(self.head_dim % 2 == 0, f"head size {self.head_dim} is odd; rotary embeddings need it even")
+        require(self.n_heads % self.n_kv_heads == 0, f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
+        require(self.vocab_size <= self.embedding_size, f"vocab_size {self.vocab_size} exceeds embedding_size {self.embedding_size}")
+        for name in ("mask_token_id", "bos_token_id", "eos_token_id", "pad_token_id", "eot_token_id"):
+            require(0 <= getattr(self, name) < self.embedding_size, f"{name} {getattr(self, name)} is outside the {self.embedding_size} rows of the embedding")
+        require(self.dtype in ("bfloat16", "float32"), f"dtype {self.dtype!r} is not one of bfloat16, float32")
+        require(self.remat in ("none", "full", "dots"), f"remat {self.remat!r} is not one of none, full, dots")
+        require(self.init in ("mitchell", "normal"), f"init {self.init!r} is not one of mitchell, normal")
+
+
+# Published shapes: Table 5 of arXiv 2502.09992 (LLaDA and its controls) and arXiv 2606.25331 (iLLaDA).
+_SMALL_1B = dict(d_model=2048, n_layers=22, n_heads=32, n_kv_heads=4, mlp_hidden_size=5634)
+_TINY_IDS = dict(mask_token_id=3, bos_token_id=1, eos_token_id=2, pad_token_id=2, eot_token_id=6)
+PRESETS: dict[str, ModelConfig] = {
+    "llada_8b": ModelConfig(),
+    "llada_1b": ModelConfig(**_SMALL_1B),
+    "arm_1b": ModelConfig(**_SMALL_1B, causal=True),
+    "arm_7b": ModelConfig(n_layers=28, n_kv_heads=8, mlp_hidden_size=13440, causal=True),
+    "illada_8b": ModelConfig(
+        n_kv_heads=8, mlp_hidden_size=14336, vocab_size=155136, embedding_size=155136,
+        max_sequence_length=8192, weight_tying=True, init="normal",
+        mask_token_id=5, bos_token_id=1, eos_token_id=2, pad_token_id=2, eot_token_id=4,
+    ),
+    # For one machine. The ids are those that data/tokenizer.py gives the vocabularies it trains.
+    "tiny": ModelConfig(
+        d_model=256, n_layers=4, n_heads=4, n_kv_heads=4, mlp_hidden_size=704,
+        vocab_size=8192, embedding_size=8192, max_sequence_length=1024, dtype="float32", remat="none", **_TINY_IDS,
+    ),
+    "small": ModelConfig(
+        d_model=512, n_layers=8, n_heads=8, n_kv_heads=8, mlp_hidden_size=1408,
+        vocab_size=8192, embedding_size=8192, max_sequence_length=1024, dtype="float32", remat="none", **_TINY_IDS,
+    ),
+}  # fmt: skip
+
+
+def run_config(preset: str = "llada_8b") -> ConfigDict:
+    """The run config with LLaDA's recipe as its defaults; files in configs/ change what they need and `lock()` it.
+
+    Every field is read in the one module that is named beside its group.
+    """
+    config = ConfigDict()
+    config.model = ConfigDict(dataclasses.asdict(PRESETS[preset]))  # config.py, model_config()
+    config.data = ConfigDict(  # data/: prepare.py for the upper half, pipeline.py for the lower
+        dict(
+            files="",  # globs of .txt, .jsonl, .parquet, comma separated; "": an embedded corpus
+            embedded="couplets",  # which one: "couplets" or "python"
+            path="",  # instead of files: a directory that tools/prepare_data.py made
+            kind="text",  # "text", or "chat" for supervised fine-tuning
+            documents="file",  # a document of a text file is a "file", "paragraph" or "line"
+            tokenizer="",  # a SentencePiece .model or a tokenizer.json; "": one is trained on the files
+            tokenizer_type="bpe",
+            row_length=4096,
+            packing="concatenate",  # "concatenate" documents and cut, or one "document" a row
+            validation_fraction=0.0,
+            mixture=(),  # further sources: pairs (prepared directory, weight); data.files or data.path weighs 1
+            random_length_fraction=0.01,  # rows cut to a length ~ U{1..row_length}; paper section 2.2
+            split_fraction=0.0,  # rows cut in two that do not see each other; iLLaDA: 0.3
+            threads=4,
+        )
+    )
+    config.objective = ConfigDict(  # losses.py, diffusion.py
+        dict(
+            name="pretrain",  # "pretrain", "sft" or "autoregressive"
+            attention="padding",  # a token sees the whole row ("full"), all but "padding", or its own "documents"
+            eps=1e-3,
+            stratified=False,  # t spread evenly over the global batch
+        )
+    )
+    config.optimizer = ConfigDict(  # optimizer.py
+        dict(
+            schedule=(("linear", 4e-4, "2000 steps"), ("constant", 4e-4, "100%")),
+            b1=0.9,
+            b2=0.95,
+            eps=1e-8,
+            weight_decay=0.1,
+            decay="matrices",  # "matrices", or "all" parameters
+            clip_norm=1.0,  # 0: no clipping
+            mu_dtype="float32",
+        )
+    )
+    config.mesh = ConfigDict(dict(data=1, fsdp=-1, tensor=1, context=1))  # sharding.py; -1: the devices that are left
+    config.train = ConfigDict(  # train.py
+        dict(
+            steps=438690,
+            batch_size=1280,  # rows of the global batch, whatever the mesh
+            microbatches=1,  # gradient accumulation: parts that a batch is computed in
+            seed=0,
+            init_from="",  # start from the model of this workdir or checkpoint
+            log_every=10,
+            eval_every=1000,
+            eval_rows=256,
+            sample_every=0,
+            sample_prompt="",
+        )
+    )
+    config.checkpoint = ConfigDict(dict(every_steps=1000, keep=3))  # checkpoint.py
+    return config
+
+
+def model_config(group: ConfigDict | dict) -> ModelConfig:
+    """The `model` group of a run config as a `ModelConfig`. Raises InputError on an impossible shape."""
+    names = {field.name for field in dataclasses.fields(ModelConfig)}
+    unknown = sorted(set(group) - names)
+    if unknown:
+        raise InputError(f"config.model: unknown field {', '.join(unknown)}; known: {', '.join(sorted(names))}")
+    return ModelConfig(**dict(group))
+
+
+def to_json(config: ConfigDict) -> str:
+    """The resolved run config as it is stored in a workdir."""
+    return json.dumps(config.to_dict(), indent=1, sort_keys=True, ensure_ascii=False)
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "config") -> list[str]:
+    """The fields in which two resolved configs differ, each as `config.a.b: old -> new`."""
+    lines = []
+    for name in sorted(set(old) | set(new)):
+        a, b = old.get(name), new.get(name)
+        if isinstance(a, dict) and isinstance(b, dict):
+            lines += differences(a, b, f"{prefix}.{name}")
+        elif json.dumps(a) != json.dumps(b):
+            lines.append(f"{prefix}.{name}: {a!r} -> {b!r}")
+    return lines

@@ -1,0 +1,1 @@
+"""Text becomes rows: tokenizer, sources, packing, preparation and the Grain pipeline; no JAX here."""

@@ -1,0 +1,259 @@
+"""Where text comes from: files of documents or dialogues, and two sources that come with the package."""
+
+import ast
+import csv
+import glob
+import gzip
+import json
+import sysconfig
+import warnings
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from llada_jax.config import InputError
+
+EMBEDDED = ("couplets", "python_reference")  # names that stand where a file may
+DOCUMENTS = ("file", "paragraph", "line")  # what one document of a text file is
+ROLES = ("system", "user", "assistant")
+
+_TEXT = (".txt", ".text", ".md", ".rst", ".tex", ".py")
+_LARGEST_DOCUMENT = 2**26  # bytes; one document is held and tokenised by one process
+_COUPLETS = Path(__file__).with_name("couplets.tsv")
+
+
+def expand_files(patterns: str | Sequence[str]) -> list[str]:
+    """Sorted paths that match comma-separated globs (`**` allowed); embedded names stay as they are.
+
+    Raises InputError for a pattern without a match, a directory and an empty file.
+    """
+    if isinstance(patterns, str):
+        patterns = patterns.split(",")
+    found = set()
+    for pattern in filter(None, (str(pattern).strip() for pattern in patterns)):
+        # A name is tried as it stands first: brackets are common in file names.
+        is_name = pattern in EMBEDDED or Path(pattern).exists()
+        matches = [pattern] if is_name else glob.glob(pattern, recursive=True)
+        files = [match for match in matches if not Path(match).is_dir()]
+        if not files:
+            what = "is a directory; give its files, as in" if matches else "matches no file; try a glob like"
+            raise InputError(f"{pattern}: {what} '{pattern.rstrip('/*')}/**/*.jsonl'")
+        found.update(files)
+    if not found:
+        raise InputError("no files given; name them by comma-separated globs, as in 'corpus/**/*.txt'")
+    for path in found.difference(EMBEDDED):
+        if Path(path).stat().st_size == 0:
+            raise InputError(f"{path}: is empty; remove it or leave it out of the pattern")
+    return sorted(found)
+
+
+def read_documents(path: str, documents: str = "file") -> Iterator[str]:
+    """The documents of one text, JSONL (`{"text": …}`) or Parquet (column `text`) file or embedded source.
+
+    `documents` says what a document of a text file is: the whole "file", a "paragraph" (parted by
+    blank lines) or a "line". `.gz` is unpacked. Blank documents are left out. Raises InputError with
+    the line (or row) number for whatever cannot be read.
+    """
+    if documents not in DOCUMENTS:
+        raise InputError(f"documents is {documents!r}, must be one of {', '.join(DOCUMENTS)}")
+    kind = _kind(path)
+    if kind == "embedded":
+        texts = python_reference() if path == "python_reference" else map(_couplet_document, couplets())
+    elif kind == "parquet":
+        texts = _parquet_texts(path)
+    elif kind == "jsonl":
+        texts = (_text_field(value, where) for where, value in _json_lines(path))
+    else:
+        texts = {"file": _whole_file, "paragraph": _paragraphs, "line": _lines}[documents](path)
+    return (text for text in texts if text.strip())
+
+
+def read_dialogues(path: str) -> Iterator[tuple[str, list[dict[str, str]]]]:
+    """Pairs ("file:line", messages) of a JSONL file of `{"messages": [{"role": …, "content": …}, …]}`.
+
+    A system message may come first; then user and assistant take turns, and the assistant answers at
+    least once. Raises InputError naming the line and the role otherwise.
+    """
+    if _kind(path) != "jsonl":
+        raise InputError(f'{path}: dialogues are read from .jsonl, one {{"messages": […]}} a line')
+    for where, value in _json_lines(path):
+        messages = value.get("messages") if isinstance(value, dict) else None
+        yield where, check_messages(messages, where)
+
+
+def check_messages(messages: object, where: str) -> list[dict[str, str]]:
+    """The messages, reduced to role and content; InputError that begins with `where` if they are no dialogue."""
+    if not isinstance(messages, list) or not messages:
+        raise InputError(f'{where}: needs "messages", a list of {{"role", "content"}}')
+    expected = ("system", "user")
+    for i, message in enumerate(messages, start=1):
+        role = message.get("role") if isinstance(message, dict) else None
+        if role not in ROLES:
+            raise InputError(f"{where}: message {i} has role {role!r}, must be one of {', '.join(ROLES)}")
+        if role not in expected:
+            wanted = " or ".join(expected)
+            raise InputError(f"{where}: message {i} has role {role!r} where {wanted!r} must come; they take turns")
+        if not isinstance(message.get("content"), str):
+            raise InputError(f"{where}: message {i} ({role}) has no text in \"content\"")
+        _check_unicode(message["content"], where)
+        expected = ("assistant",) if role == "user" else ("user",)
+    if not any(message["role"] == "assistant" for message in messages):
+        raise InputError(f"{where}: no message has role 'assistant'; there is nothing to learn from it")
+    return [{"role": message["role"], "content": message["content"]} for message in messages]
+
+
+def couplets() -> list[tuple[str, str, str]]:
+    """Classical Chinese couplets (first line, second line, source) that come with the package."""
+    with _COUPLETS.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+    return [(first, second, source) for first, second, source in rows[1:]]
+
+
+def couplet_text(first: str, second: str) -> str:
+    """A couplet as running text."""
+    return f"{first}，{second}。"
+
+
+def python_reference() -> Iterator[str]:
+    """English text on every machine: Python's language reference and its library's docstrings.
+
+    A document is one topic or the docstrings of one module, in a fixed order; the text depends on the
+    version of Python. Nothing is imported: the source files are parsed.
+    """
+    library = Path(sysconfig.get_paths()["stdlib"])
+    topics = library / "pydoc_data" / "topics.py"
+    if not topics.exists():
+        raise InputError(f"{topics}: this Python was installed without its documentation; give --files of text")
+    for node in ast.walk(ast.parse(topics.read_bytes())):
+        if isinstance(node, ast.Dict):
+            yield from (ast.literal_eval(value) for value in node.values)
+    for path in sorted(library.rglob("*.py"), key=lambda path: path.relative_to(library).as_posix()):
+        if not _NO_LIBRARY.intersection(path.relative_to(library).parts):
+            yield from _docstrings(path)
+
+
+_NO_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "pydoc_data"}
+
+
+def _docstrings(path: Path) -> Iterator[str]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # invalid escapes in others' strings
+        tree = ast.parse(path.read_bytes())
+    texts = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            text = ast.get_docstring(node)
+            if text:
+                name = getattr(node, "name", path.stem)
+                texts.append(f"{name}: {text}")
+    if texts:
+        yield "\n\n".join(texts)
+
+
+def _kind(path: str) -> str:
+    if path in EMBEDDED:
+        return "embedded"
+    suffix = Path(path.removesuffix(".gz")).suffix.lower()
+    if suffix in _TEXT:
+        return "text"
+    if suffix in (".jsonl", ".ndjson"):
+        return "jsonl"
+    if suffix == ".parquet":
+        return "parquet"
+    raise InputError(f"{path}: cannot read {suffix or 'a file without suffix'}; use .txt, .jsonl or .parquet")
+
+
+def _lines(path: str) -> Iterator[str]:
+    return (line for _, line in _numbered_lines(path))
+
+
+def _paragraphs(path: str) -> Iterator[str]:
+    paragraph: list[str] = []
+    for _, line in _numbered_lines(path):
+        if line.strip():
+            paragraph.append(line)
+        elif paragraph:
+            yield "\n".join(paragraph)
+            paragraph = []
+    if paragraph:
+        yield "\n".join(paragraph)
+
+
+def _whole_file(path: str) -> Iterator[str]:
+    lines, size = [], 0
+    for _, line in _numbered_lines(path):
+        lines.append(line)
+        size += len(line)
+        if size > _LARGEST_DOCUMENT:
+            raise InputError(
+                f"{path}: too large for one document (over {_LARGEST_DOCUMENT >> 20} MB); "
+                "use --documents=paragraph or --documents=line"
+            )
+    yield "\n".join(lines)
+
+
+def _numbered_lines(path: str) -> Iterator[tuple[str, str]]:
+    """Pairs ("file:line", line without its end), decoded one by one so that errors can name the line."""
+    number = 0
+    try:
+        with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                if number == 1:
+                    line = line.removeprefix(b"\xef\xbb\xbf")  # byte order mark
+                yield f"{path}:{number}", line.decode().rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}:{number}: not UTF-8 ({error.reason} at byte {error.start} of the line); convert the file") from error
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise InputError(f"{path}:{number + 1}: broken gzip data ({error}); copy the file again") from error
+
+
+def _json_lines(path: str) -> Iterator[tuple[str, object]]:
+    for where, line in _numbered_lines(path):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{where}: not JSON ({error}); every line must be one JSON object") from error
+        yield where, value
+
+
+def _text_field(value: object, where: str) -> str:
+    text = value.get("text") if isinstance(value, dict) else None
+    if not isinstance(text, str):
+        found = f"an object with keys {sorted(value)[:8]}" if isinstance(value, dict) else f"a {type(value).__name__}"
+        raise InputError(f'{where}: needs {{"text": "…"}}, found {found}')
+    return _check_unicode(text, where)
+
+
+def _check_unicode(text: str, where: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{where}: half of a surrogate pair at character {error.start}; repair the escape") from error
+    return text
+
+
+def _parquet_texts(path: str) -> Iterator[str]:
+    import pyarrow
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            if "text" not in file.schema_arrow.names:
+                names = ", ".join(file.schema_arrow.names)
+                raise InputError(f"{path}: no column 'text'; its columns are {names}")
+            for batch in file.iter_batches(batch_size=1024, columns=["text"]):
+                for text in batch.column(0).to_pylist():
+                    number += 1
+                    if not isinstance(text, str):
+                        raise InputError(f"{path}: row {number}: column 'text' holds {type(text).__name__}, not text")
+                    yield text
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{path}: row {number + 1}: not readable as Parquet ({reason}); copy it again") from error
+
+
+def _couplet_document(couplet: tuple[str, str, str]) -> str:
+    return couplet_text(*couplet[:2])

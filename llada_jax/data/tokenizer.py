@@ -1,0 +1,363 @@
+"""One tokenizer class over a SentencePiece `.model` or a Hugging Face `tokenizer.json`; training of the former."""
+
+import hashlib
+import io
+import itertools
+import json
+import os
+import random
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import jinja2.sandbox
+import sentencepiece
+import tokenizers
+
+from llada_jax.config import InputError
+
+BOS = "<|startoftext|>"
+EOS = "<|endoftext|>"  # also the padding
+MASK = "<|mdm_mask|>"
+START_HEADER = "<|start_header_id|>"
+END_HEADER = "<|end_header_id|>"
+EOT = "<|eot_id|>"
+
+# The template of LLaDA-8B-Instruct's tokenizer_config.json. It appends the assistant header always.
+LLADA_CHAT_TEMPLATE = (
+    "{% set loop_messages = messages %}{% for message in loop_messages %}"
+    "{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'"
+    "+ message['content'] | trim + '<|eot_id|>' %}"
+    "{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}"
+    "{{ content }}{% endfor %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
+)
+
+Messages = Sequence[Mapping[str, str]]
+
+_META = "▁"  # SentencePiece writes a space as U+2581, so that character itself needs care
+_TRAINING_BYTES = 2**28  # a uniform sample of lines of this size is enough for any vocabulary
+_LINE_CHARACTERS = 4000
+_MODEL_TYPES = ("bpe", "unigram", "char")
+
+
+class Tokenizer:
+    """Text to ids and back, with the ids of LLaDA's special tokens; made by `load_tokenizer`."""
+
+    def __init__(self, model: "_SentencePiece | _TokenizerJson", path: Path):
+        self._model = model
+        self.path = path  # of the tokenizer file
+        self.fingerprint: str = hashlib.sha256(path.read_bytes()).hexdigest()
+        self.vocab_size: int = model.vocab_size
+        self.bos_id: int = model.bos_id
+        self.eos_id: int = model.eos_id
+        self.pad_id: int = model.pad_id
+        self.mask_id: int = model.mask_id
+        self.eot_id: int = model.eot_id
+        self.chat_template: str = model.chat_template
+        self._shown = {self.bos_id: "␂", self.eos_id: "␃", self.eot_id: "␄", self.mask_id: "▒"}
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the text alone; nothing is added at either end."""
+        return self._model.encode(text)
+
+    def decode(self, ids: Iterable[int], keep_special: bool = False) -> str:
+        """The text of the ids; special tokens are left out unless `keep_special`."""
+        return self._model.decode([int(i) for i in ids], keep_special)
+
+    def piece(self, id: int) -> str:
+        """Printable text of one id: the mask is `▒`, BOS, EOS and EOT are `␂ ␃ ␄`, a line end is `⏎`."""
+        text = self._shown.get(int(id)) or self._model.piece(int(id))
+        return text.replace("\n", "⏎").replace("\t", "⇥").replace("\r", "␍")
+
+    def encode_chat(self, messages: Messages) -> list[int]:
+        """Ids of a prompt: BOS, every message under its header, and the header of the reply."""
+        return self._model.encode_chat(messages)
+
+    def encode_answer(self, content: str) -> list[int]:
+        """Ids of a reply as it follows `encode_chat`: the stripped text and the end of the turn."""
+        return [*self.encode(content.strip()), self.eot_id]
+
+    def save(self, directory: str | os.PathLike) -> list[Path]:
+        """Copies the tokenizer's files into the directory, under the names `load_tokenizer` finds."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        copies = []
+        for source, name in self._model.files(self.path):
+            copies.append(directory / name)
+            if not (copies[-1].exists() and copies[-1].samefile(source)):
+                shutil.copyfile(source, copies[-1])
+        return copies
+
+
+def load_tokenizer(
+    path: str | os.PathLike, *, mask_id: int | None = None, eot_id: int | None = None
+) -> Tokenizer:
+    """Reads a tokenizer from a `.model` or `tokenizer.json` file or the directory that holds one.
+
+    `mask_id` and `eot_id` are for files that do not name these tokens (iLLaDA's mask is plain id 5).
+    Raises InputError if there is no tokenizer or it lacks BOS, EOS or the mask.
+    """
+    file = _find_tokenizer(Path(path))
+    given = {"mask_id": mask_id, "eot_id": eot_id}
+    try:
+        kind = _TokenizerJson if file.suffix == ".json" else _SentencePiece
+        return Tokenizer(kind(file, given), file)
+    except (InputError, FileNotFoundError):
+        raise
+    except Exception as error:  # both libraries raise bare Exception or RuntimeError for corrupt files
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{file}: not a readable tokenizer ({reason}); make or copy it again") from error
+
+
+def train_tokenizer(
+    texts: Iterable[str], path: str | os.PathLike, vocab_size: int, model_type: str = "bpe"
+) -> Tokenizer:
+    """Trains a SentencePiece model of at most `vocab_size` ids and writes it to `path` (`….model`).
+
+    Ids 0–6 are unknown, BOS, EOS, mask, the two headers and EOT; every text can be encoded and comes
+    back unchanged (bytes stand for unseen characters). Deterministic. The vocabulary is smaller than
+    asked if the text does not hold that many pieces.
+    """
+    path = Path(path)
+    if model_type not in _MODEL_TYPES:
+        raise InputError(f"model_type is {model_type!r}, must be one of {', '.join(_MODEL_TYPES)}")
+    if path.suffix != ".model":
+        raise InputError(f"{path}: the name of a SentencePiece tokenizer must end in .model")
+    fixed = 8 + 256  # special tokens and the line end; bytes
+    if vocab_size <= fixed:
+        raise InputError(f"vocab_size is {vocab_size}, must exceed {fixed}: special tokens and bytes take those")
+    lines = _sample_lines(texts)
+    if not lines:
+        raise InputError(f"{path}: no text to train a tokenizer on; give files that hold text")
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(  # pyright: ignore[reportAttributeAccessIssue]
+        sentence_iterator=iter(_cut_at_rare_characters(lines, vocab_size - fixed, model_type)),
+        model_writer=model,
+        model_type=model_type,
+        vocab_size=vocab_size,
+        hard_vocab_limit=False,
+        character_coverage=1.0,
+        byte_fallback=True,
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        pad_id=-1,  # the padding is EOS
+        bos_piece=BOS,
+        eos_piece=EOS,
+        control_symbols=[MASK, START_HEADER, END_HEADER, EOT],
+        user_defined_symbols=["\n"],  # lines are cut there, so it would never be learned
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        add_dummy_prefix=False,
+        allow_whitespace_only_pieces=True,
+        max_sentence_length=4 * _LINE_CHARACTERS,  # bytes
+        num_threads=16,  # fixed: sums of the unigram model depend on it
+        minloglevel=3,
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        partial.write_bytes(model.getvalue())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return load_tokenizer(path)
+
+
+class _SentencePiece:
+    """A SentencePiece model whose special tokens are control symbols, which no text can spell."""
+
+    def __init__(self, path: Path, given: Mapping[str, int | None]):
+        self._sp = sentencepiece.SentencePieceProcessor(model_file=str(path))  # pyright: ignore
+        self.vocab_size = self._sp.vocab_size()
+        self._special = {
+            i: self._sp.id_to_piece(i) for i in range(self.vocab_size) if self._sp.is_control(i)
+        }
+        ids = {token: i for i, token in self._special.items()}
+        for token in (BOS, EOS, MASK, START_HEADER, END_HEADER, EOT):
+            known = given["mask_id"] if token == MASK else given["eot_id"] if token == EOT else None
+            if token not in ids and known is None:
+                raise InputError(
+                    f"{path}: no control symbol {token}; train the tokenizer with tools/train_tokenizer.py"
+                )
+        self.bos_id, self.eos_id, self.pad_id = ids[BOS], ids[EOS], ids[EOS]
+        self.mask_id = ids[MASK] if given["mask_id"] is None else given["mask_id"]
+        self.eot_id = ids[EOT] if given["eot_id"] is None else given["eot_id"]
+        self._start_header, self._end_header = ids[START_HEADER], ids[END_HEADER]
+        self._meta_ids = [self._sp.piece_to_id(f"<0x{byte:02X}>") for byte in _META.encode()]
+        self.chat_template = LLADA_CHAT_TEMPLATE
+
+    def encode(self, text: str) -> list[int]:
+        if _META not in text:
+            return self._sp.encode(text)
+        ids = []  # as a piece, U+2581 would come back as a space; as three bytes it does not
+        for i, part in enumerate(text.split(_META)):
+            ids += (self._meta_ids if i else []) + self._sp.encode(part)
+        return ids
+
+    def decode(self, ids: list[int], keep_special: bool) -> str:
+        parts = []
+        for is_text, group in itertools.groupby(ids, self._is_text):
+            if is_text:
+                parts.append(self._sp.decode(list(group)))
+            else:  # the unknown id and rows of the embedding beyond the vocabulary stand for nothing
+                parts += [self._special.get(i, "\ufffd") for i in group if keep_special or i not in self._special]
+        return "".join(parts)
+
+    def piece(self, id: int) -> str:
+        if not self._is_text(id):
+            return self._special.get(id, "\ufffd")
+        piece = self._sp.id_to_piece(id)
+        if self._sp.is_byte(id) and not 0x20 <= int(piece[3:5], 16) < 0x7F and id != self._sp.piece_to_id("\n"):
+            return f"‹{piece[3:5]}›"
+        return self._sp.decode([id])
+
+    def encode_chat(self, messages: Messages) -> list[int]:
+        """The ids of LLaDA's template, put together by id: no content can end its own turn."""
+        ids = [self.bos_id] if messages else []
+        for message in messages:
+            content = "\n\n" + message["content"].strip()
+            ids += [*self._header(message["role"]), *self.encode(content), self.eot_id]
+        return [*ids, *self._header("assistant"), *self.encode("\n\n")]
+
+    def files(self, path: Path) -> list[tuple[Path, str]]:
+        return [(path, "tokenizer.model")]
+
+    def _header(self, role: str) -> list[int]:
+        return [self._start_header, *self.encode(role), self._end_header]
+
+    def _is_text(self, id: int) -> bool:
+        return 0 <= id < self.vocab_size and id not in self._special and not self._sp.is_unknown(id)
+
+
+class _TokenizerJson:
+    """A Hugging Face `tokenizer.json` with the settings that lie beside it; followed as it is."""
+
+    def __init__(self, path: Path, given: Mapping[str, int | None]):
+        self._hf = tokenizers.Tokenizer.from_file(str(path))
+        self._hf.no_padding()
+        self._hf.no_truncation()
+        settings: dict[str, Any] = {}
+        for name in ("special_tokens_map.json", "tokenizer_config.json"):
+            if (path.parent / name).exists():
+                settings |= _read_json(path.parent / name)
+        self.vocab_size = max(self._hf.get_vocab(with_added_tokens=True).values()) + 1
+        self._names = {
+            "bos_token": _token_text(settings.get("bos_token")) or BOS,
+            "eos_token": _token_text(settings.get("eos_token")) or EOS,
+            "mask_token": _token_text(settings.get("mask_token")) or MASK,
+        }
+        self._names["pad_token"] = _token_text(settings.get("pad_token")) or self._names["eos_token"]
+
+        def id_of(name: str) -> int:
+            id = self._hf.token_to_id(self._names[name])
+            if id is None:
+                raise InputError(f"{path}: no {name} {self._names[name]!r}; is it a LLaDA tokenizer?")
+            return id
+
+        self.bos_id, self.eos_id, self.pad_id = id_of("bos_token"), id_of("eos_token"), id_of("pad_token")
+        self.mask_id = id_of("mask_token") if given["mask_id"] is None else given["mask_id"]
+        eot_id = self._hf.token_to_id(EOT) if given["eot_id"] is None else given["eot_id"]
+        self.eot_id = self.eos_id if eot_id is None else eot_id  # iLLaDA ends its turns with EOS
+        self.chat_template = _chat_template(path.parent, settings) or LLADA_CHAT_TEMPLATE
+        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        environment.globals["raise_exception"] = _refuse_messages
+        self._template = environment.from_string(self.chat_template)
+
+    def encode(self, text: str) -> list[int]:
+        return self._hf.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: list[int], keep_special: bool) -> str:
+        return self._hf.decode(ids, skip_special_tokens=not keep_special)
+
+    def piece(self, id: int) -> str:
+        return self._hf.decode([id], skip_special_tokens=False) or "\ufffd"
+
+    def encode_chat(self, messages: Messages) -> list[int]:
+        text = self._template.render(messages=messages, add_generation_prompt=True, **self._names)
+        return self.encode(text)
+
+    def files(self, path: Path) -> list[tuple[Path, str]]:
+        beside = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+        present = [(path.parent / name, name) for name in beside if (path.parent / name).exists()]
+        return [(path, "tokenizer.json"), *present]
+
+
+def _find_tokenizer(path: Path) -> Path:
+    if not path.exists():
+        raise InputError(f"{path}: no such tokenizer; give a .model or tokenizer.json file or its directory")
+    if path.is_dir():
+        for name in ("tokenizer.json", "tokenizer.model"):
+            if (path / name).exists():
+                return path / name
+        models = sorted(path.glob("*.model"))
+        if len(models) == 1:
+            return models[0]
+        found = f"{len(models)} .model files" if models else "no tokenizer.json or tokenizer.model"
+        raise InputError(f"{path}: holds {found}; name the tokenizer file")
+    if path.suffix not in (".model", ".json"):
+        raise InputError(f"{path}: a tokenizer is a .model (SentencePiece) or tokenizer.json file")
+    return path
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON ({error}); copy it again") from error
+
+
+def _token_text(token: str | Mapping[str, Any] | None) -> str | None:
+    return token["content"] if isinstance(token, Mapping) else token
+
+
+def _chat_template(directory: Path, settings: Mapping[str, Any]) -> str | None:
+    if (directory / "chat_template.jinja").exists():
+        return (directory / "chat_template.jinja").read_text(encoding="utf-8")
+    template = settings.get("chat_template")
+    if isinstance(template, list):  # several named templates
+        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    return template
+
+
+def _refuse_messages(reason: str):
+    raise InputError(f"the chat template refuses these messages: {reason}")
+
+
+def _sample_lines(texts: Iterable[str]) -> list[str]:
+    """Non-blank lines of the texts, a uniform sample of them (reservoir, fixed seed) if they are many."""
+    lines: list[str] = []
+    kept_bytes, seen, draw = 0, 0, random.Random(0)
+    for text in texts:
+        for line in text.split("\n"):
+            for start in range(0, len(line), _LINE_CHARACTERS):
+                part = line[start : start + _LINE_CHARACTERS].replace("\0", "")  # refused in training
+                if not part.strip():
+                    continue
+                seen += 1
+                if kept_bytes < _TRAINING_BYTES:
+                    lines.append(part)
+                    kept_bytes += len(part.encode())
+                elif (slot := draw.randrange(seen)) < len(lines):
+                    lines[slot] = part
+    return lines
+
+
+def _cut_at_rare_characters(lines: list[str], room: int, model_type: str) -> list[str]:
+    """The lines with the characters that find no room in the vocabulary replaced by line ends.
+
+    SentencePiece refuses a `character_coverage` below 0.98 and a vocabulary smaller than its
+    characters; what is cut out here is encoded as bytes.
+    """
+    counts: Counter[str] = Counter()
+    for line in lines:
+        counts.update(line)
+    limit = room - 1 if model_type == "char" else room // 2  # leave half to longer pieces
+    if len(counts) <= limit:
+        return lines
+    ranked = sorted(counts, key=lambda character: (-counts[character], character))
+    rare = str.maketrans(dict.fromkeys(ranked[limit:], "\n"))
+    return [line.translate(rare) for line in lines]

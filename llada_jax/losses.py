@@ -1,0 +1,120 @@
+"""The objectives. Each turns a batch into a noisy batch with weights; one function then computes any of their losses.
+
+B rows, L length. An objective has the signature (batch, key, model_config, objective_config) -> NoisyBatch and does all
+that depends on the whole global batch (draws, normalisers), so that splitting the result into microbatches afterwards
+changes nothing but memory.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from llada_jax import diffusion
+from llada_jax.config import InputError, ModelConfig
+from llada_jax.cross_entropy import scored_cross_entropy
+from llada_jax.sharding import BATCH, TOKENS, reshard
+
+BUCKETS = 10  # of mask ratio, for metrics
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Batch:
+    """What the data pipeline yields. Pre-training and fine-tuning differ only here and in the objective."""
+
+    tokens: jax.Array  # int32 [B, L]
+    segment_ids: jax.Array  # int32 [B, L]; documents of a row, 0 is padding
+    maskable: jax.Array  # bool [B, L]; may be masked and scored
+    answer_length: jax.Array  # int32 [B]; normaliser of fine-tuning: EOS padding of the answer counts
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class NoisyBatch:
+    """What the model sees and what it is asked."""
+
+    inputs: jax.Array  # int32 [B, L]
+    targets: jax.Array  # int32 [B, L]
+    weights: jax.Array  # float32 [B, L]; 0 where nothing is asked; the loss is Σ weight·CE
+    ratio: jax.Array  # float32 [B]; mask ratio of each row (0 for autoregressive)
+    segment_ids: jax.Array | None  # int32 [B, L], or None where every token sees the whole row
+
+
+def pretrain(batch: Batch, key, model: ModelConfig, objective) -> NoisyBatch:
+    """Σ over masked of CE / p, divided by all tokens that are not padding (Eq. 3 of arXiv 2502.09992)."""
+    noisy_BL, masked_BL, ratio_B = _corrupt(batch, key, model, objective)
+    weights_BL = masked_BL / ratio_B[:, None] / jnp.maximum(jnp.sum(batch.maskable), 1)
+    return NoisyBatch(noisy_BL, batch.tokens, weights_BL, ratio_B, _visibility(batch, objective))
+
+
+def sft(batch: Batch, key, model: ModelConfig, objective) -> NoisyBatch:
+    """Σ over masked answer tokens of CE / p / answer length, averaged over rows (Eq. 5 of arXiv 2502.09992)."""
+    noisy_BL, masked_BL, ratio_B = _corrupt(batch, key, model, objective)
+    per_row_B = 1.0 / (ratio_B * jnp.maximum(batch.answer_length, 1) * len(batch.tokens))
+    return NoisyBatch(noisy_BL, batch.tokens, masked_BL * per_row_B[:, None], ratio_B, _visibility(batch, objective))
+
+
+def autoregressive(batch: Batch, key, model: ModelConfig, objective) -> NoisyBatch:
+    """The control: mean CE of the next token, wherever that is maskable and of the same document."""
+    del key
+    next_BL, next_maskable_BL, next_segment_BL = (
+        _next(x) for x in (batch.tokens, batch.maskable, batch.segment_ids)
+    )
+    last_BL = jnp.arange(batch.tokens.shape[1]) == batch.tokens.shape[1] - 1
+    asked_BL = next_maskable_BL & (next_segment_BL == batch.segment_ids) & ~last_BL
+    weights_BL = asked_BL / jnp.maximum(jnp.sum(asked_BL), 1)
+    ratio_B = jnp.zeros(len(batch.tokens))
+    return NoisyBatch(batch.tokens, next_BL, weights_BL, ratio_B, _visibility(batch, objective))
+
+
+def _next(x_BL: jax.Array) -> jax.Array:
+    """Each position's successor; a row that is split over `context` is gathered for it."""
+    return reshard(jnp.roll(reshard(x_BL, BATCH, None), -1, axis=1), *TOKENS)
+
+
+def objective_named(name: str):
+    """The objective of `config.objective.name`. Raises InputError for an unknown one."""
+    known = {"pretrain": pretrain, "sft": sft, "autoregressive": autoregressive}
+    if name not in known:
+        raise InputError(f"config.objective.name {name!r} is not one of {', '.join(known)}")
+    return known[name]
+
+
+def noisy_loss(model, noisy: NoisyBatch) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The loss of a noisy batch, and sums from which the metrics are made (additive over microbatches).
+
+    ce_sum, ce_count [BUCKETS]: unweighted cross-entropy at scored positions by mask ratio, nats.
+    elbo_sum: Σ CE / p over scored positions, nats.
+    """
+    hidden_BLD = model.hidden(noisy.inputs, noisy.segment_ids)
+    head_VD = model.head[...].astype(hidden_BLD.dtype)
+    loss, ce_BL = scored_cross_entropy(hidden_BLD, head_VD, noisy.targets, noisy.weights)
+    scored_BL = noisy.weights != 0
+    bucket_B = jnp.clip((noisy.ratio * BUCKETS).astype(jnp.int32), 0, BUCKETS - 1)
+    in_bucket_BK = (bucket_B[:, None] == jnp.arange(BUCKETS)).astype(jnp.float32)
+    weight_B = jnp.where(noisy.ratio > 0, 1.0 / jnp.maximum(noisy.ratio, 1e-6), 1.0)
+    sums = {
+        "ce_sum": jnp.sum(jnp.sum(ce_BL, axis=1)[:, None] * in_bucket_BK, axis=0),
+        "ce_count": jnp.sum(jnp.sum(scored_BL, axis=1)[:, None] * in_bucket_BK, axis=0),
+        "elbo_sum": jnp.sum(jnp.sum(ce_BL, axis=1) * weight_B),
+    }
+    return loss, jax.lax.stop_gradient(sums)
+
+
+def _corrupt(batch: Batch, key, model: ModelConfig, objective):
+    return diffusion.corrupt(
+        key, batch.tokens, batch.maskable, model.mask_token_id, eps=objective.eps, stratified=objective.stratified
+    )
+
+
+def _visibility(batch: Batch, objective) -> jax.Array | None:
+    """Segment ids for the model: none (all see all), padding hidden, or each document by itself."""
+    kinds = {
+        "full": lambda ids: None,
+        "padding": lambda ids: (ids > 0).astype(jnp.int32),
+        "documents": lambda ids: ids,
+    }
+    if objective.attention not in kinds:
+        raise InputError(f"config.objective.attention {objective.attention!r} is not one of {', '.join(kinds)}")
+    return kinds[objective.attention](batch.segment_ids)

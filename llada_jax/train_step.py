@@ -1,0 +1,83 @@
+"""TrainState and the one compiled step, for every objective.
+
+A microbatches, B rows of the global batch, L length.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import PartitionSpec as P
+
+from llada_jax import losses
+from llada_jax.config import ModelConfig
+from llada_jax.model import Transformer
+from llada_jax.sharding import BATCH, current_mesh
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class TrainState:
+    """All that a run must not lose. The data position is `step`: batch k is a function of (seed, k)."""
+
+    step: jax.Array  # int32 []
+    model: Transformer  # float32 masters
+    opt_state: Any
+
+
+def init_state(config: ModelConfig, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
+    """A fresh state. Under jit with a mesh set every array, Adam's moments too, is born sharded."""
+    model = Transformer(config, key)
+    return TrainState(jnp.zeros((), jnp.int32), model, optimizer.init(model))
+
+
+def make_train_step(optimizer: optax.GradientTransformation, objective, objective_config, *, microbatches: int = 1):
+    """(state, batch, key) -> (state, metrics), jitted, the state donated.
+
+    `key` is the run's: the step's own is fold_in(key, step). Metrics are sums and scalars; see metrics.summarize.
+    """
+
+    def train_step(state: TrainState, batch: losses.Batch, key: jax.Array):
+        noisy = objective(batch, jax.random.fold_in(key, state.step), state.model.config, objective_config)
+        value_and_grad = jax.value_and_grad(losses.noisy_loss, has_aux=True)
+        if microbatches == 1:
+            (loss, sums), grads = value_and_grad(state.model, noisy)
+        else:
+
+            def accumulate(total, part):
+                return jax.tree.map(jnp.add, total, value_and_grad(state.model, part)), None
+
+            parts = jax.tree.map(functools.partial(_microbatches, count=microbatches), noisy)
+            scalars, _ = jax.eval_shape(value_and_grad, state.model, jax.tree.map(lambda x: x[0], parts))
+            zeros = (jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), scalars), jax.tree.map(jnp.zeros_like, state.model))
+            ((loss, sums), grads), _ = jax.lax.scan(accumulate, zeros, parts)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.model)
+        model = optax.apply_updates(state.model, updates)
+        metrics = {"loss": loss, "grad_norm": optax.global_norm(grads), "tokens": jnp.sum(batch.maskable), **sums}
+        return TrainState(state.step + 1, model, opt_state), metrics
+
+    return jax.jit(train_step, donate_argnums=0)
+
+
+def make_eval_step(objective, objective_config):
+    """(model, batch, key) -> metrics, jitted. The same key gives the same masks: fixed ones for validation."""
+
+    def eval_step(model: Transformer, batch: losses.Batch, key: jax.Array):
+        loss, sums = losses.noisy_loss(model, objective(batch, key, model.config, objective_config))
+        return {"loss": loss, "tokens": jnp.sum(batch.maskable), **sums}
+
+    return jax.jit(eval_step)
+
+
+def _microbatches(x: jax.Array, count: int) -> jax.Array:
+    """[B, ...] -> [A, B/A, ...]: part a holds rows a, a + A, …, so that each device keeps its own rows."""
+    rest = x.shape[1:]
+    sharding = None
+    if current_mesh() is not None:
+        axes = jax.typeof(x).sharding.spec
+        sharding = P(BATCH, None, *axes[1:])
+    split = jnp.reshape(x, (len(x) // count, count, *rest), out_sharding=sharding)
+    return jnp.swapaxes(split, 0, 1)
