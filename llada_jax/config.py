@@ -26,8 +26,8 @@ class ModelConfig:
     n_heads: int = 32
     n_kv_heads: int = 32  # fewer than n_heads: grouped-query attention
     mlp_hidden_size: int = 12288
-    vocab_size: int = 126464  # ids that the tokenizer can produce
-    embedding_size: int = 126464  # rows of the embedding and of the head, at least vocab_size
+    vocab_size: int = 126464  # ids that the tokenizer can produce; 0 in a run config: the tokenizer's
+    embedding_size: int = 126464  # rows of the embedding and of the head; 0: vocab_size to the next 64
     max_sequence_length: int = 4096
     rope_theta: float = 500000.0
     rms_norm_eps: float = 1e-5
@@ -98,17 +98,18 @@ def run_config(preset: str = "llada_8b") -> ConfigDict:
     """
     config = ConfigDict()
     config.model = ConfigDict(dataclasses.asdict(PRESETS[preset]))  # config.py, model_config()
-    config.data = ConfigDict(  # data/: prepare.py for the upper half, pipeline.py for the lower
+    config.data = ConfigDict(  # data/, through train.py
         dict(
-            files="",  # globs of .txt, .jsonl, .parquet, comma separated; "": an embedded corpus
-            embedded="couplets",  # which one: "couplets" or "python"
+            files="couplets",  # globs of .txt, .jsonl, .parquet, or the embedded "couplets", "python_reference"
             path="",  # instead of files: a directory that tools/prepare_data.py made
             kind="text",  # "text", or "chat" for supervised fine-tuning
             documents="file",  # a document of a text file is a "file", "paragraph" or "line"
             tokenizer="",  # a SentencePiece .model or a tokenizer.json; "": one is trained on the files
-            tokenizer_type="bpe",
+            tokenizer_type="bpe",  # of a tokenizer that is trained here: "bpe", "unigram" or "char"
+            vocab_size=8192,  # of such a one, at most
             row_length=4096,
             packing="concatenate",  # "concatenate" documents and cut, or one "document" a row
+            overlong="error",  # a dialogue longer than a row is an "error", or is "drop"ped and counted
             validation_fraction=0.0,
             mixture=(),  # further sources: pairs (prepared directory, weight); data.files or data.path weighs 1
             random_length_fraction=0.01,  # rows cut to a length ~ U{1..row_length}; paper section 2.2
@@ -147,7 +148,7 @@ def run_config(preset: str = "llada_8b") -> ConfigDict:
             log_every=10,
             eval_every=1000,
             eval_rows=256,
-            sample_every=0,
+            sample_every=0,  # 0: never
             sample_prompt="",
         )
     )

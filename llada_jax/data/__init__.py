@@ -1,1 +1,1 @@
-"""Text becomes rows: tokenizer, sources, packing, preparation and the Grain pipeline; no JAX here."""
+"""Text becomes rows: tokenizer, sources, packing, preparation, Grain pipeline; no JAX here."""

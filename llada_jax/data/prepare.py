@@ -1,25 +1,18 @@
-"""Files of text or dialogues become a directory of rows: ArrayRecord shards, lengths, tokenizer and manifest.
-
-A record is little-endian int32: tokens_L, segment_ids_L, prompt_length, length. The directory appears
-complete or not at all.
-"""
+"""Files of text or dialogues become a directory of rows: shards, lengths, tokenizer, manifest."""
 
 import contextlib
 import dataclasses
-import errno
+import functools
 import hashlib
 import itertools
 import json
 import multiprocessing
 import os
 import platform
-import shutil
 import signal
-import socket
 import sys
-import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -27,26 +20,55 @@ from typing import Any, TypeVar
 
 import numpy as np
 import tqdm
-from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from llada_jax.config import InputError
 from llada_jax.data import rows, sources
-from llada_jax.data.tokenizer import Messages, Tokenizer, load_tokenizer
+from llada_jax.data.shards import FORMAT, ShardWriter, atomic_directory
+from llada_jax.data.tokenizer import Messages, Tokenizer
 
-FORMAT = "llada_jax.rows.v1"
 KINDS = ("text", "chat")
 OVERLONG = ("error", "drop")
 
 _CHUNK_BYTES = 2**20  # of text, the unit of work of one process
 _SHARD_BYTES = 2**28  # before compression
-# One record a group for random access; zstd:1 quarters the size and still reads 50M tokens/s a core.
-_WRITER_OPTIONS = "group_size:1,zstd:1"
-_VALIDATION_SEED = 0x5EED  # fixed: a document stays on its side when anything else changes
+_TOKENIZER_FACTS = ("fingerprint", "vocab_size", "bos_id", "eos_id", "pad_id", "mask_id", "eot_id")
+_VALIDATION_SEED = 0x5EED  # fixed: a document stays on its side whatever else changes
 
-T = TypeVar("T")
-R = TypeVar("R")
-Document = tuple[str, Any]  # where it stands ("file:line"); its text or messages
-Example = tuple[int, np.ndarray, int]  # index of the document, its ids, length of the prompt
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+Document = tuple[str, Any]  # where it stands ("file:line"), its text or messages
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What the rows depend on besides the sources and the tokenizer."""
+
+    kind: str
+    row_length: int
+    packing: str
+    documents: str
+    overlong: str
+    validation_fraction: float
+    rows_per_shard: int
+
+    def __post_init__(self):
+        choices = {
+            "kind": KINDS,
+            "packing": rows.PACKINGS,
+            "documents": sources.DOCUMENTS,
+            "overlong": OVERLONG,
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                given = getattr(self, name)
+                raise InputError(f"{name} is {given!r}, must be one of {', '.join(allowed)}")
+        if self.row_length < 2:
+            raise InputError(f"row_length is {self.row_length}, must be at least 2")
+        if not 0 <= self.validation_fraction < 1:
+            given = self.validation_fraction
+            raise InputError(f"validation_fraction is {given}, must be at least 0 and below 1")
+        if self.rows_per_shard < 1:
+            raise InputError(f"rows_per_shard is {self.rows_per_shard}, must be at least 1")
 
 
 def prepare_dataset(
@@ -66,90 +88,63 @@ def prepare_dataset(
     workers: int | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Writes the rows of `files` (or of `texts`, `dialogues` in memory) to `output`; returns the manifest.
+    """Writes the rows of `files` (or, in memory, `texts` or `dialogues`); returns the manifest.
 
-    `packing` and `documents` (what a document of a text file is) concern kind "text", `overlong`
-    (a row of more than `row_length` tokens is an "error" or "drop"ped) kind "chat". A share of the
-    documents, `validation_fraction`, goes to `output/validation`, a dataset of the same form. The
-    rows do not depend on `workers`. An existing `output` is reused if it is this same preparation.
-    Raises InputError, and leaves nothing behind, whenever something is wrong.
+    `packing` and `documents` (what a document of a text file is) concern kind "text"; `overlong`
+    ("error" or "drop", for rows of more than `row_length` tokens) kind "chat". A share
+    `validation_fraction` of the documents goes to `output/validation`, a dataset of the same form.
+    The rows do not depend on `workers`. An existing `output` is kept if it is the same preparation.
+    Raises InputError for whatever a user can get wrong, and then leaves nothing behind.
     """
-    plan = _Plan(kind, row_length, packing, documents, overlong, validation_fraction, rows_per_shard or 0)
-    inputs = _inputs(plan, files, texts, dialogues)
+    shard_rows = rows_per_shard or max(1, _SHARD_BYTES // (8 * row_length)) if row_length > 0 else 1
+    plan = Plan(kind, row_length, packing, documents, overlong, validation_fraction, shard_rows)
+    stream, described = _open_sources(plan, files, texts, dialogues)
     output = Path(output)
-    fingerprint = _fingerprint(plan, tokenizer, inputs.sources)
+    fingerprint = _fingerprint(plan, tokenizer, described)
     manifest = _existing(output, fingerprint)
     if manifest is not None:
         return manifest
-    with _atomic_directory(output) as directory:
-        manifest = _prepare(directory, plan, inputs, tokenizer, fingerprint, workers or os.cpu_count() or 1, progress)
-    return manifest
+    with atomic_directory(output) as directory, _progress_bar(described, progress) as bar:
+        shared = {"preparation": fingerprint, "sources": described}
+        tokenise = functools.partial(_tokenise_chunk, plan, tokenizer)
+        tokenised = _map_in_order(tokenise, _chunks(stream), workers or os.cpu_count() or 1)
+        with contextlib.closing(tokenised):  # stops the processes, also after a failure
+            return _write(directory, plan, tokenizer, tokenised, shared, bar)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Plan:
-    """What the rows depend on besides the tokenizer and the sources."""
-
-    kind: str
-    row_length: int
-    packing: str
-    documents: str
-    overlong: str
-    validation_fraction: float
-    rows_per_shard: int
-
-    def __post_init__(self):
-        choices = {"kind": KINDS, "packing": rows.PACKINGS, "documents": sources.DOCUMENTS, "overlong": OVERLONG}
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise InputError(f"{name} is {getattr(self, name)!r}, must be one of {', '.join(allowed)}")
-        if self.row_length < 2:
-            raise InputError(f"row_length is {self.row_length}, must be at least 2")
-        if not 0 <= self.validation_fraction < 1:
-            raise InputError(f"validation_fraction is {self.validation_fraction}, must be in [0, 1)")
-        if self.rows_per_shard < 0:
-            raise InputError(f"rows_per_shard is {self.rows_per_shard}, must be positive")
-        if not self.rows_per_shard:
-            default = max(1, _SHARD_BYTES // (8 * self.row_length))
-            object.__setattr__(self, "rows_per_shard", default)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Inputs:
-    documents: Iterator[Document]
-    sources: list[dict[str, Any]] | None  # None: an iterator, which cannot be read twice
-    expected_bytes: int | None
-
-
-def _inputs(
-    plan: _Plan,
+def _open_sources(
+    plan: Plan,
     files: str | Sequence[str] | None,
     texts: Iterable[str] | None,
     dialogues: Iterable[Messages] | None,
-) -> _Inputs:
-    given = [name for name, value in (("files", files), ("texts", texts), ("dialogues", dialogues)) if value is not None]
+) -> tuple[Iterator[Document], list[dict[str, Any]] | None]:
+    """The documents, and a description of their origin (None for iterators, read only once)."""
+    inputs = {"files": files, "texts": texts, "dialogues": dialogues}
+    given = [name for name, value in inputs.items() if value is not None]
     allowed = ("files", "dialogues" if plan.kind == "chat" else "texts")
     if len(given) != 1 or given[0] not in allowed:
-        raise InputError(f"kind {plan.kind!r} needs one of {' or '.join(allowed)}, got {' and '.join(given) or 'none'}")
+        found = " and ".join(given) or "none"
+        raise InputError(f"kind {plan.kind!r} takes one of {' or '.join(allowed)}, got {found}")
     if files is not None:
         paths = sources.expand_files(files)
-        return _Inputs(_read_files(paths, plan), _describe_files(paths), sum(map(_expected_bytes, paths)))
-    items = texts if dialogues is None else dialogues
+        with ThreadPoolExecutor() as pool:  # hashing takes 1% of the time that tokenising takes
+            return _read_files(paths, plan), list(pool.map(_describe_file, paths))
+    name, items = given[0], inputs[given[0]]
     assert items is not None
-    numbered = ((f"{given[0]}[{i}]", item) for i, item in enumerate(items))
+    stream = ((f"{name}[{i}]", item) for i, item in enumerate(items))
     if dialogues is not None:
-        numbered = ((where, sources.check_messages(list(item), where)) for where, item in numbered)
+        stream = ((where, sources.check_messages(list(item), where)) for where, item in stream)
     if not isinstance(items, Sequence):
-        return _Inputs(numbered, None, None)
+        return stream, None
     digest, size = hashlib.sha256(), 0
     for item in items:
-        data = json.dumps(item, ensure_ascii=True).encode()
+        data = json.dumps(item).encode()
         digest.update(data + b"\n")
         size += len(data)
-    return _Inputs(numbered, [{"file": given[0], "bytes": size, "sha256": digest.hexdigest()}], size)
+    return stream, [{"file": name, "bytes": size, "sha256": digest.hexdigest()}]
 
 
-def _read_files(paths: Sequence[str], plan: _Plan) -> Iterator[Document]:
+def _read_files(paths: Sequence[str], plan: Plan) -> Iterator[Document]:
     for path in paths:
         if plan.kind == "chat":
             yield from sources.read_dialogues(path)
@@ -157,31 +152,24 @@ def _read_files(paths: Sequence[str], plan: _Plan) -> Iterator[Document]:
             yield from ((path, text) for text in sources.read_documents(path, plan.documents))
 
 
-def _describe_files(paths: Sequence[str]) -> list[dict[str, Any]]:
-    def describe(path: str) -> dict[str, Any]:
-        if path in sources.EMBEDDED:
-            return {"file": path, "version": f"python {platform.python_version()}"}
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return {"file": path, "bytes": Path(path).stat().st_size, "sha256": digest}
-
-    with ThreadPoolExecutor() as pool:  # hashing releases the GIL; under 1% of the time to tokenise
-        return list(pool.map(describe, paths))
+def _describe_file(path: str) -> dict[str, Any]:
+    if path == "python_reference":
+        return {"file": path, "version": platform.python_version()}
+    place = sources.COUPLETS if path == "couplets" else Path(path)
+    with place.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"file": path, "bytes": place.stat().st_size, "sha256": digest}
 
 
-def _expected_bytes(path: str) -> int:
-    """Bytes of text to come, roughly: only for the estimate of the time left."""
-    if path in sources.EMBEDDED:
-        return 0
-    return Path(path).stat().st_size * (3 if path.endswith((".gz", ".parquet")) else 1)
-
-
-def _fingerprint(plan: _Plan, tokenizer: Tokenizer, described: list[dict[str, Any]] | None) -> str | None:
+def _fingerprint(
+    plan: Plan, tokenizer: Tokenizer, described: list[dict[str, Any]] | None
+) -> str | None:
     if described is None:
         return None
-    # Directories do not count: the same files may be reached by another path.
+    # Directories do not count: the same file may be reached by another path.
     contents = [source | {"file": Path(source["file"]).name} for source in described]
-    facts = [FORMAT, dataclasses.asdict(plan), tokenizer.fingerprint, tokenizer.chat_template, contents]
+    special = [tokenizer.fingerprint, tokenizer.chat_template, tokenizer.mask_id, tokenizer.eot_id]
+    facts = [FORMAT, dataclasses.asdict(plan), special, contents]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
@@ -192,7 +180,8 @@ def _existing(output: Path, fingerprint: str | None) -> dict[str, Any] | None:
     try:
         manifest = json.loads((output / "manifest.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        raise InputError(f"{output}: exists and is no prepared dataset; choose another --output") from None
+        message = f"{output}: exists and is no prepared dataset; choose another --output"
+        raise InputError(message) from None
     if fingerprint is None or manifest.get("preparation") != fingerprint:
         raise InputError(
             f"{output}: holds another preparation (other sources, tokenizer or settings); "
@@ -201,138 +190,177 @@ def _existing(output: Path, fingerprint: str | None) -> dict[str, Any] | None:
     return manifest
 
 
-@contextlib.contextmanager
-def _atomic_directory(output: Path) -> Iterator[Path]:
-    """A temporary sibling of `output` that takes its place at the end and vanishes on any failure."""
-    owner = f".{output.name}.partial-{socket.gethostname()}-"
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        for left in output.parent.glob(f"{glob_escape(owner)}*"):  # by a process that was killed
-            if not _is_alive(left.name.removeprefix(owner)):
-                shutil.rmtree(left, ignore_errors=True)
-        directory = output.parent / f"{owner}{os.getpid()}"
-        directory.mkdir()
-    except OSError as error:
-        raise InputError(f"{output}: cannot write there ({error.strerror}); choose another --output") from error
-    try:
-        with _sigterm_raises():
-            yield directory
-            os.rename(directory, output)
-    except (OSError, RuntimeError) as error:  # ArrayRecord raises RuntimeError
-        if getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in str(error):
-            raise InputError(f"{output}: no space left on the device; free some or choose another --output") from error
-        raise
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
-
-
-def glob_escape(text: str) -> str:
-    import glob
-
-    return glob.escape(text)
-
-
-def _is_alive(pid: str) -> bool:
-    try:
-        os.kill(int(pid), 0)
-    except (ProcessLookupError, ValueError):
-        return False
-    except PermissionError:
-        pass
-    return True
-
-
-@contextlib.contextmanager
-def _sigterm_raises() -> Iterator[None]:
-    """Lets a polite kill unwind the stack like Ctrl-C, where no one else handles it."""
-    in_main = threading.current_thread() is threading.main_thread()
-    if not in_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
-        yield
-        return
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def _prepare(
-    directory: Path,
-    plan: _Plan,
-    inputs: _Inputs,
-    tokenizer: Tokenizer,
-    fingerprint: str | None,
-    workers: int,
-    progress: bool,
-) -> dict[str, Any]:
-    """Writes the dataset and its validation part; the bookkeeping of both is in `_Subset`."""
-    names = ["train", "validation"] if plan.validation_fraction else ["train"]
-    places = {"train": directory, "validation": directory / "validation"}
-    subsets = [_Subset(places[name], plan, tokenizer) for name in names]
-    tokenise = _Tokenise(plan, tokenizer)
-    bar = tqdm.tqdm(
-        total=inputs.expected_bytes,
+def _progress_bar(described: list[dict[str, Any]] | None, progress: bool) -> tqdm.tqdm:
+    sizes = [source.get("bytes", 0) for source in described or []]
+    packed = [
+        3 if source["file"].endswith((".gz", ".parquet")) else 1 for source in described or []
+    ]
+    return tqdm.tqdm(
+        # Bytes of text to come, roughly: it serves the estimate of the time left.
+        total=sum(size * factor for size, factor in zip(sizes, packed, strict=True)) or None,
+        desc="tokenising",
         unit="B",
         unit_scale=True,
-        desc="tokenising",
         disable=not progress,
+        delay=1,  # seconds, so that what fails at once prints its one line alone
         mininterval=0.5 if sys.stderr.isatty() else 30,
     )
-    with bar, contextlib.ExitStack() as stack:
-        for subset in subsets:
-            stack.callback(subset.writer.abandon)
-        index = dropped = 0
-        for result in _parallel(tokenise, _chunks(inputs.documents), workers):
-            indices = np.arange(index, index + len(result.text_bytes))
-            held_out = rows.uniform(_VALIDATION_SEED, 0, indices) < plan.validation_fraction
-            index += len(indices)
-            dropped += result.dropped
-            for document, in_validation in enumerate(held_out):
-                subsets[int(in_validation)].add(result, document)
-            bar.update(sum(result.text_bytes))
-        if not index:
-            raise InputError("the sources hold no text; nothing was written")
-        manifests = [subset.finish() for subset in subsets]
-        if bar.total:
-            bar.total = bar.n
-    common = {
-        "preparation": fingerprint,
-        "sources": inputs.sources,
-        "validation_fraction": plan.validation_fraction,
-        "dropped": dropped,
-    }
-    for name, manifest in zip(names, manifests, strict=True):
-        if not manifest["rows"]:
-            raise InputError(
-                f"none of the {index} documents fell into the {name} part; change validation_fraction "
-                f"({plan.validation_fraction}) or make smaller documents (--documents=paragraph)"
-            )
-        manifest |= common | {"subset": name, "subsets": names}
-        text = json.dumps(manifest, indent=1, ensure_ascii=False)
-        (places[name] / "manifest.json").write_text(text, encoding="utf-8")
-    return manifests[0]
 
 
 @dataclasses.dataclass
-class _Chunk:
-    """Tokenised documents, flat, as they come back from a worker."""
+class _Tokenised:
+    """What one document gave: its examples (ids, length of the prompt), not yet rows."""
 
-    ids: np.ndarray  # int32, all examples one after another
-    ends: np.ndarray  # of the examples in `ids`
-    prompt_lengths: list[int]
-    documents: list[int]  # index within the chunk of the document of each example, ascending
-    text_bytes: list[int]  # one for each document
-    dropped: int
-
-    def examples(self, document: int) -> Iterator[tuple[np.ndarray, int]]:
-        first, last = np.searchsorted(self.documents, [document, document + 1])
-        for i in range(first, last):
-            start = self.ends[i - 1] if i else 0
-            yield self.ids[start : self.ends[i]], self.prompt_lengths[i]
+    examples: list[tuple[np.ndarray, int]]
+    text_bytes: int
+    dropped: int = 0
 
 
-class _Tokenise:
-    """Tokenises a chunk; pickled by the path of its tokenizer, once for each process."""
+def _chunks(stream: Iterator[Document]) -> Iterator[list[Document]]:
+    chunk, size = [], 0
+    for where, content in stream:
+        chunk.append((where, content))
+        messages = [{"content": content}] if isinstance(content, str) else content
+        size += sum(len(message["content"]) for message in messages)
+        if size >= _CHUNK_BYTES:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
 
-    def __init__(self, plan: _Plan, tokenizer: Tokenizer):
-        self.plan, self.tokenizer = plan, tokenizer
+
+def _tokenise_chunk(plan: Plan, tokenizer: Tokenizer, chunk: list[Document]) -> list[_Tokenised]:
+    tokenise = _tokenise_dialogue if plan.kind == "chat" else _tokenise_text
+    return [tokenise(plan, tokenizer, where, content) for where, content in chunk]
+
+
+def _tokenise_text(plan: Plan, tokenizer: Tokenizer, where: str, text: str) -> _Tokenised:
+    ids_N = np.asarray(tokenizer.encode(text), np.int32)
+    return _Tokenised([(ids_N, 0)], len(text.encode()))
+
+
+def _tokenise_dialogue(
+    plan: Plan, tokenizer: Tokenizer, where: str, messages: list[dict[str, str]]
+) -> _Tokenised:
+    examples = rows.dialogue_rows(messages, tokenizer)
+    fitting = [example for example in examples if len(example[0]) <= plan.row_length]
+    if len(fitting) < len(examples) and plan.overlong == "error":
+        longest = max(len(ids_N) for ids_N, _ in examples)
+        raise InputError(
+            f"{where}: the dialogue has {longest} tokens, row_length is {plan.row_length}; "
+            "raise --row_length or leave such replies out with --overlong=drop"
+        )
+    answers = [message["content"] for message in messages if message["role"] == "assistant"]
+    text_bytes = sum(
+        len(answer.encode())
+        for answer, (ids_N, _) in zip(answers, examples, strict=True)
+        if len(ids_N) <= plan.row_length
+    )
+    return _Tokenised(fitting, text_bytes, len(examples) - len(fitting))
+
+
+def _map_in_order(
+    function: Callable[[Item], Result], items: Iterator[Item], workers: int
+) -> Generator[Result]:
+    """Like map, in `workers` processes, with a bounded number of items under way."""
+    head = list(itertools.islice(items, 2))
+    items = itertools.chain(head, items)
+    if workers == 1 or len(head) < 2:  # starting processes would take longer
+        yield from map(function, items)
+        return
+    # Spawned, not forked: the caller may hold threads (JAX, Rust) that do not survive a fork.
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_leave_signals_to_parent)
+    pending = deque()
+    try:
+        for item in items:
+            pending.append(pool.submit(function, item))
+            if len(pending) > 3 * workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    except BrokenProcessPool as error:
+        message = "a tokenising process died, perhaps for lack of memory; use fewer --workers"
+        raise InputError(message) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _leave_signals_to_parent():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+class _Subset:
+    """One dataset in the making: packs examples into rows, writes and counts them."""
+
+    def __init__(self, directory: Path, plan: Plan, tokenizer: Tokenizer):
+        self.directory, self._plan, self._tokenizer = directory, plan, tokenizer
+        self.writer = ShardWriter(directory, plan.rows_per_shard)
+        ids = (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
+        self._packer = rows.Packer(plan.row_length, plan.packing, *ids)
+        self._counts = {"documents": 0, "bytes": 0, "dropped": 0}
+
+    def add(self, document: _Tokenised):
+        self._counts["documents"] += 1
+        self._counts["bytes"] += document.text_bytes
+        self._counts["dropped"] += document.dropped
+        for ids_N, prompt_length in document.examples:
+            if self._plan.kind == "chat":
+                row = rows.pad_row(ids_N, self._plan.row_length, self._tokenizer.pad_id)
+                self.writer.write(*row, prompt_length, len(ids_N))
+            else:
+                self._write(self._packer.add(ids_N))
+
+    def finish(self, shared: dict[str, Any]) -> dict[str, Any]:
+        self._write(self._packer.flush())
+        plan = dataclasses.asdict(self._plan)
+        plan["documents_are"] = plan.pop("documents")
+        tokenizer = {name: getattr(self._tokenizer, name) for name in _TOKENIZER_FACTS}
+        tokenizer["file"] = self._tokenizer.save(self.directory)[0].name
+        manifest = {"format": FORMAT, **plan, **self._counts, **self.writer.finish()}
+        manifest |= {"tokenizer": tokenizer, **shared}
+        text = json.dumps(manifest, indent=1, ensure_ascii=False)
+        (self.directory / "manifest.json").write_text(text, encoding="utf-8")
+        return manifest
+
+    def _write(self, packed: Iterable[rows.Row]):
+        for tokens_L, segment_ids_L in packed:
+            self.writer.write(tokens_L, segment_ids_L, 0, int(np.count_nonzero(segment_ids_L)))
+
+
+def _write(
+    directory: Path,
+    plan: Plan,
+    tokenizer: Tokenizer,
+    tokenised: Iterator[list[_Tokenised]],
+    shared: dict[str, Any],
+    bar: tqdm.tqdm,
+) -> dict[str, Any]:
+    """Writes the dataset and its validation part; returns the manifest of the former."""
+    places = {"train": directory}
+    if plan.validation_fraction:
+        places["validation"] = directory / "validation"
+    subsets = {name: _Subset(place, plan, tokenizer) for name, place in places.items()}
+    with contextlib.ExitStack() as stack:
+        for subset in subsets.values():
+            stack.callback(subset.writer.close)
+        number = 0
+        for chunk in tokenised:
+            draws = rows.uniform(_VALIDATION_SEED, 0, np.arange(number, number + len(chunk)))
+            for document, draw in zip(chunk, draws, strict=True):
+                held_out = draw < plan.validation_fraction
+                subsets["validation" if held_out else "train"].add(document)
+            number += len(chunk)
+            bar.update(sum(document.text_bytes for document in chunk))
+        if not number:
+            raise InputError("the sources hold no text; nothing was written")
+        manifests = {}
+        for name, subset in subsets.items():
+            manifests[name] = subset.finish(shared | {"subset": name, "subsets": list(places)})
+            if not manifests[name]["rows"]:
+                raise InputError(
+                    f"the {name} part of {number} documents has no rows; change "
+                    f"validation_fraction ({plan.validation_fraction}) or make documents smaller "
+                    "(--documents=paragraph)"
+                )
+    return manifests["train"]

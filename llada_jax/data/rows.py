@@ -1,4 +1,4 @@
-"""Pure functions on ids: documents and dialogues become rows of fixed length, batches are cut or split.
+"""Pure functions on ids: documents and dialogues become rows, batches of rows are cut or split.
 
 Shapes: B rows of a batch, L positions of a row, N ids of a document, any number.
 A segment id is 0 at padding and counts the documents of a row from 1.
@@ -16,6 +16,47 @@ PACKINGS = ("concatenate", "document")
 Row = tuple[np.ndarray, np.ndarray]  # tokens_L, segment_ids_L, both int32
 
 
+class Packer:
+    """Packs documents, each between BOS and EOS, into rows as they come.
+
+    "concatenate" (LLaDA): one stream cut to rows, only the last row is padded; the rest of a cut
+    document is segment 1 of the next row. "document": every document begins a row of its own.
+    """
+
+    def __init__(self, row_length: int, packing: str, bos_id: int, eos_id: int, pad_id: int):
+        if packing not in PACKINGS:
+            raise InputError(f"packing is {packing!r}, must be one of {', '.join(PACKINGS)}")
+        self._row_length, self._packing = row_length, packing
+        self._bos_id, self._eos_id, self._pad_id = bos_id, eos_id, pad_id
+        self._begin_row()
+
+    def add(self, ids: Sequence[int] | np.ndarray) -> Iterator[Row]:
+        """Takes a document; yields the rows (tokens_L, segment_ids_L) that are complete now."""
+        ids_N = np.concatenate([[self._bos_id], ids, [self._eos_id]]).astype(np.int32)
+        start = 0
+        while start < len(ids_N):
+            part_N = ids_N[start : start + self._row_length - self._filled]
+            start += len(part_N)
+            end = self._filled + len(part_N)
+            self._segment += 1
+            self._tokens_L[self._filled : end] = part_N
+            self._segment_ids_L[self._filled : end] = self._segment
+            self._filled = end
+            if end == self._row_length or self._packing == "document":
+                yield from self.flush()
+
+    def flush(self) -> Iterator[Row]:
+        """Yields the row begun, padded, if there is one."""
+        if self._filled:
+            row = self._tokens_L, self._segment_ids_L
+            self._begin_row()
+            yield row
+
+    def _begin_row(self):
+        self._tokens_L, self._segment_ids_L = _empty_row(self._row_length, self._pad_id)
+        self._filled = self._segment = 0
+
+
 def pack_documents(
     documents: Iterable[Sequence[int] | np.ndarray],
     row_length: int,
@@ -24,36 +65,17 @@ def pack_documents(
     eos_id: int,
     pad_id: int,
 ) -> Iterator[Row]:
-    """Rows (tokens_L, segment_ids_L) of documents, each between BOS and EOS.
-
-    "concatenate" (LLaDA): one stream cut to rows, only the last row is padded; the rest of a cut
-    document is segment 1 of the next row. "document": every document begins a row of its own.
-    """
-    if packing not in PACKINGS:
-        raise InputError(f"packing is {packing!r}, must be one of {', '.join(PACKINGS)}")
-    tokens_L, segment_ids_L = _empty_row(row_length, pad_id)
-    filled = segment = 0
+    """All rows (tokens_L, segment_ids_L), both int32, of the documents; see `Packer`."""
+    packer = Packer(row_length, packing, bos_id, eos_id, pad_id)
     for ids in documents:
-        ids_N = np.concatenate([[bos_id], ids, [eos_id]]).astype(np.int32)
-        start = 0
-        while start < len(ids_N):
-            end = start + min(row_length - filled, len(ids_N) - start)
-            segment += 1
-            tokens_L[filled : filled + end - start] = ids_N[start:end]
-            segment_ids_L[filled : filled + end - start] = segment
-            filled, start = filled + end - start, end
-            if filled == row_length or (packing == "document" and start == len(ids_N)):
-                yield tokens_L, segment_ids_L
-                tokens_L, segment_ids_L = _empty_row(row_length, pad_id)
-                filled = segment = 0
-    if filled:
-        yield tokens_L, segment_ids_L
+        yield from packer.add(ids)
+    yield from packer.flush()
 
 
 def dialogue_rows(
     messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer
 ) -> list[tuple[np.ndarray, int]]:
-    """Pairs (tokens_N, prompt_length), one for each reply: the prefix of the dialogue, then the reply.
+    """Pairs (tokens_N, prompt_length), one for each reply: the dialogue before it, then the reply.
 
     The rows are neither padded nor cut: what to do with too long ones is the caller's decision.
     """
@@ -89,7 +111,9 @@ def random_length(
     """
     length = tokens_BL.shape[1]
     chosen_B = uniform(seed, 0, positions_B) < fraction
-    lengths_B = np.where(chosen_B, 1 + (uniform(seed, 1, positions_B) * length).astype(np.int64), length)
+    lengths_B = np.where(
+        chosen_B, 1 + (uniform(seed, 1, positions_B) * length).astype(np.int64), length
+    )
     beyond_BL = np.arange(length) >= lengths_B[:, None]
     return np.where(beyond_BL, pad_id, tokens_BL), np.where(beyond_BL, 0, segment_ids_BL)
 
@@ -99,19 +123,21 @@ def split_in_two(
 ) -> np.ndarray:
     """Segment ids in which a fraction of the rows is split at a random point (iLLaDA: 30%).
 
-    No segment spans the split, so attention within segments does not cross it. Rows and points depend
-    only on the seed and the row's position in the global order.
+    No segment spans the split, so attention within segments does not cross it. Which rows and where
+    depends only on the seed and the row's position in the global order.
     """
     lengths_B = (segment_ids_BL > 0).sum(1)
     chosen_B = (uniform(seed, 2, positions_B) < fraction) & (lengths_B > 1)
     cuts_B = 1 + (uniform(seed, 3, positions_B) * (lengths_B - 1)).astype(np.int64)
     after_BL = np.arange(segment_ids_BL.shape[1]) >= cuts_B[:, None]
     renumbered_BL = segment_ids_BL + segment_ids_BL.max(1, keepdims=True)
-    return np.where(chosen_B[:, None] & after_BL & (segment_ids_BL > 0), renumbered_BL, segment_ids_BL)
+    return np.where(
+        chosen_B[:, None] & after_BL & (segment_ids_BL > 0), renumbered_BL, segment_ids_BL
+    )
 
 
 def uniform(seed: int, stream: int, positions: np.ndarray) -> np.ndarray:
-    """Float64 in [0, 1), one for each position, by hashing (seed, stream, position) with splitmix64."""
+    """Float64 in [0, 1) for each position: a splitmix64 hash of (seed, stream, position)."""
     state = _mix(np.asarray([seed % 2**64], np.uint64))
     state = _mix(state ^ np.uint64(stream))
     return (_mix(state ^ _mix(np.asarray(positions, np.uint64))) >> np.uint64(11)) * 2.0**-53

@@ -1,4 +1,4 @@
-"""Where text comes from: files of documents or dialogues, and two sources that come with the package."""
+"""Where text comes from: files of documents or dialogues, and two sources within the package."""
 
 import ast
 import csv
@@ -14,16 +14,16 @@ from pathlib import Path
 from llada_jax.config import InputError
 
 EMBEDDED = ("couplets", "python_reference")  # names that stand where a file may
+COUPLETS = Path(__file__).with_name("couplets.tsv")
 DOCUMENTS = ("file", "paragraph", "line")  # what one document of a text file is
 ROLES = ("system", "user", "assistant")
 
 _TEXT = (".txt", ".text", ".md", ".rst", ".tex", ".py")
 _LARGEST_DOCUMENT = 2**26  # bytes; one document is held and tokenised by one process
-_COUPLETS = Path(__file__).with_name("couplets.tsv")
 
 
 def expand_files(patterns: str | Sequence[str]) -> list[str]:
-    """Sorted paths that match comma-separated globs (`**` allowed); embedded names stay as they are.
+    """Sorted paths that match comma-separated globs (`**` allowed); embedded names are kept.
 
     Raises InputError for a pattern without a match, a directory and an empty file.
     """
@@ -36,11 +36,16 @@ def expand_files(patterns: str | Sequence[str]) -> list[str]:
         matches = [pattern] if is_name else glob.glob(pattern, recursive=True)
         files = [match for match in matches if not Path(match).is_dir()]
         if not files:
-            what = "is a directory; give its files, as in" if matches else "matches no file; try a glob like"
-            raise InputError(f"{pattern}: {what} '{pattern.rstrip('/*')}/**/*.jsonl'")
+            if matches:
+                raise InputError(
+                    f"{pattern}: is a directory; name files, as in '{pattern.rstrip('/')}/**/*.txt'"
+                )
+            raise InputError(f"{pattern}: no such file; give files or globs like 'corpus/**/*.txt'")
         found.update(files)
     if not found:
-        raise InputError("no files given; name them by comma-separated globs, as in 'corpus/**/*.txt'")
+        raise InputError(
+            "no files given; name them by comma-separated globs, as in 'corpus/**/*.txt'"
+        )
     for path in found.difference(EMBEDDED):
         if Path(path).stat().st_size == 0:
             raise InputError(f"{path}: is empty; remove it or leave it out of the pattern")
@@ -48,17 +53,19 @@ def expand_files(patterns: str | Sequence[str]) -> list[str]:
 
 
 def read_documents(path: str, documents: str = "file") -> Iterator[str]:
-    """The documents of one text, JSONL (`{"text": …}`) or Parquet (column `text`) file or embedded source.
+    """The documents of a text, JSONL ({"text": …}) or Parquet (column text) file or embedded name.
 
     `documents` says what a document of a text file is: the whole "file", a "paragraph" (parted by
-    blank lines) or a "line". `.gz` is unpacked. Blank documents are left out. Raises InputError with
-    the line (or row) number for whatever cannot be read.
+    blank lines) or a "line". `.gz` is unpacked, blank documents are left out. Raises InputError
+    with the line (or row) number for whatever cannot be read.
     """
     if documents not in DOCUMENTS:
         raise InputError(f"documents is {documents!r}, must be one of {', '.join(DOCUMENTS)}")
     kind = _kind(path)
     if kind == "embedded":
-        texts = python_reference() if path == "python_reference" else map(_couplet_document, couplets())
+        texts = (
+            python_reference() if path == "python_reference" else map(_couplet_document, couplets())
+        )
     elif kind == "parquet":
         texts = _parquet_texts(path)
     elif kind == "jsonl":
@@ -69,10 +76,10 @@ def read_documents(path: str, documents: str = "file") -> Iterator[str]:
 
 
 def read_dialogues(path: str) -> Iterator[tuple[str, list[dict[str, str]]]]:
-    """Pairs ("file:line", messages) of a JSONL file of `{"messages": [{"role": …, "content": …}, …]}`.
+    """Pairs ("file:line", messages) of a JSONL file of `{"messages": [{"role", "content"}, …]}`.
 
-    A system message may come first; then user and assistant take turns, and the assistant answers at
-    least once. Raises InputError naming the line and the role otherwise.
+    A system message may come first; then user and assistant take turns, and the assistant answers
+    at least once. Raises InputError naming the line and the role otherwise.
     """
     if _kind(path) != "jsonl":
         raise InputError(f'{path}: dialogues are read from .jsonl, one {{"messages": […]}} a line')
@@ -82,29 +89,36 @@ def read_dialogues(path: str) -> Iterator[tuple[str, list[dict[str, str]]]]:
 
 
 def check_messages(messages: object, where: str) -> list[dict[str, str]]:
-    """The messages, reduced to role and content; InputError that begins with `where` if they are no dialogue."""
+    """The messages, reduced to role and content; InputError that begins with `where` if wrong."""
     if not isinstance(messages, list) or not messages:
         raise InputError(f'{where}: needs "messages", a list of {{"role", "content"}}')
     expected = ("system", "user")
     for i, message in enumerate(messages, start=1):
         role = message.get("role") if isinstance(message, dict) else None
         if role not in ROLES:
-            raise InputError(f"{where}: message {i} has role {role!r}, must be one of {', '.join(ROLES)}")
+            raise InputError(
+                f"{where}: message {i} has role {role!r}, must be one of {', '.join(ROLES)}"
+            )
         if role not in expected:
             wanted = " or ".join(expected)
-            raise InputError(f"{where}: message {i} has role {role!r} where {wanted!r} must come; they take turns")
+            raise InputError(
+                f"{where}: message {i} has role {role!r}, but {wanted} must come there; "
+                "user and assistant take turns"
+            )
         if not isinstance(message.get("content"), str):
-            raise InputError(f"{where}: message {i} ({role}) has no text in \"content\"")
+            raise InputError(f'{where}: message {i} ({role}) has no text in "content"')
         _check_unicode(message["content"], where)
         expected = ("assistant",) if role == "user" else ("user",)
     if not any(message["role"] == "assistant" for message in messages):
-        raise InputError(f"{where}: no message has role 'assistant'; there is nothing to learn from it")
+        raise InputError(
+            f"{where}: no message has role 'assistant'; there is nothing to learn from it"
+        )
     return [{"role": message["role"], "content": message["content"]} for message in messages]
 
 
 def couplets() -> list[tuple[str, str, str]]:
     """Classical Chinese couplets (first line, second line, source) that come with the package."""
-    with _COUPLETS.open(encoding="utf-8", newline="") as file:
+    with COUPLETS.open(encoding="utf-8", newline="") as file:
         rows = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
     return [(first, second, source) for first, second, source in rows[1:]]
 
@@ -117,22 +131,34 @@ def couplet_text(first: str, second: str) -> str:
 def python_reference() -> Iterator[str]:
     """English text on every machine: Python's language reference and its library's docstrings.
 
-    A document is one topic or the docstrings of one module, in a fixed order; the text depends on the
-    version of Python. Nothing is imported: the source files are parsed.
+    A document is one topic or the docstrings of one module, in a fixed order; the text depends on
+    the version of Python. Nothing is imported: the source files are parsed.
     """
     library = Path(sysconfig.get_paths()["stdlib"])
     topics = library / "pydoc_data" / "topics.py"
     if not topics.exists():
-        raise InputError(f"{topics}: this Python was installed without its documentation; give --files of text")
+        raise InputError(
+            f"{topics}: this Python was installed without its documentation; give --files of text"
+        )
     for node in ast.walk(ast.parse(topics.read_bytes())):
         if isinstance(node, ast.Dict):
             yield from (ast.literal_eval(value) for value in node.values)
-    for path in sorted(library.rglob("*.py"), key=lambda path: path.relative_to(library).as_posix()):
+    for path in sorted(
+        library.rglob("*.py"), key=lambda path: path.relative_to(library).as_posix()
+    ):
         if not _NO_LIBRARY.intersection(path.relative_to(library).parts):
             yield from _docstrings(path)
 
 
-_NO_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "pydoc_data"}
+_NO_LIBRARY = {
+    "site-packages",
+    "dist-packages",
+    "test",
+    "tests",
+    "idle_test",
+    "lib2to3",
+    "pydoc_data",
+}
 
 
 def _docstrings(path: Path) -> Iterator[str]:
@@ -160,7 +186,9 @@ def _kind(path: str) -> str:
         return "jsonl"
     if suffix == ".parquet":
         return "parquet"
-    raise InputError(f"{path}: cannot read {suffix or 'a file without suffix'}; use .txt, .jsonl or .parquet")
+    raise InputError(
+        f"{path}: cannot read {suffix or 'a file without suffix'}; use .txt, .jsonl or .parquet"
+    )
 
 
 def _lines(path: str) -> Iterator[str]:
@@ -193,7 +221,7 @@ def _whole_file(path: str) -> Iterator[str]:
 
 
 def _numbered_lines(path: str) -> Iterator[tuple[str, str]]:
-    """Pairs ("file:line", line without its end), decoded one by one so that errors can name the line."""
+    """Pairs ("file:line", line without its end); decoded one by one, so that errors name it."""
     number = 0
     try:
         with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as file:
@@ -202,9 +230,14 @@ def _numbered_lines(path: str) -> Iterator[tuple[str, str]]:
                     line = line.removeprefix(b"\xef\xbb\xbf")  # byte order mark
                 yield f"{path}:{number}", line.decode().rstrip("\r\n")
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}:{number}: not UTF-8 ({error.reason} at byte {error.start} of the line); convert the file") from error
+        raise InputError(
+            f"{path}:{number}: not UTF-8 ({error.reason} at byte {error.start + 1} of the line); "
+            "convert the file"
+        ) from error
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise InputError(f"{path}:{number + 1}: broken gzip data ({error}); copy the file again") from error
+        raise InputError(
+            f"{path}:{number + 1}: broken gzip data ({error}); copy the file again"
+        ) from error
 
 
 def _json_lines(path: str) -> Iterator[tuple[str, object]]:
@@ -214,14 +247,20 @@ def _json_lines(path: str) -> Iterator[tuple[str, object]]:
         try:
             value = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise InputError(f"{where}: not JSON ({error}); every line must be one JSON object") from error
+            raise InputError(
+                f"{where}: not JSON ({error}); every line must be one JSON object"
+            ) from error
         yield where, value
 
 
 def _text_field(value: object, where: str) -> str:
     text = value.get("text") if isinstance(value, dict) else None
     if not isinstance(text, str):
-        found = f"an object with keys {sorted(value)[:8]}" if isinstance(value, dict) else f"a {type(value).__name__}"
+        found = (
+            f"an object with keys {sorted(value)[:8]}"
+            if isinstance(value, dict)
+            else f"a {type(value).__name__}"
+        )
         raise InputError(f'{where}: needs {{"text": "…"}}, found {found}')
     return _check_unicode(text, where)
 
@@ -230,7 +269,9 @@ def _check_unicode(text: str, where: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise InputError(f"{where}: half of a surrogate pair at character {error.start}; repair the escape") from error
+        raise InputError(
+            f"{where}: half of a surrogate pair at character {error.start}; repair the escape"
+        ) from error
     return text
 
 
@@ -248,11 +289,16 @@ def _parquet_texts(path: str) -> Iterator[str]:
                 for text in batch.column(0).to_pylist():
                     number += 1
                     if not isinstance(text, str):
-                        raise InputError(f"{path}: row {number}: column 'text' holds {type(text).__name__}, not text")
+                        raise InputError(
+                            f"{path}: row {number}: column 'text' holds "
+                            f"{type(text).__name__}, not text; repair or drop the row"
+                        )
                     yield text
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{path}: row {number + 1}: not readable as Parquet ({reason}); copy it again") from error
+        raise InputError(
+            f"{path}: row {number + 1}: not readable as Parquet ({reason}); copy it again"
+        ) from error
 
 
 def _couplet_document(couplet: tuple[str, str, str]) -> str:

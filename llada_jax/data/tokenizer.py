@@ -1,5 +1,6 @@
-"""One tokenizer class over a SentencePiece `.model` or a Hugging Face `tokenizer.json`; training of the former."""
+"""One tokenizer over a SentencePiece `.model` or a Hugging Face `tokenizer.json`; its training."""
 
+import functools
 import hashlib
 import io
 import itertools
@@ -59,6 +60,10 @@ class Tokenizer:
         self.chat_template: str = model.chat_template
         self._shown = {self.bos_id: "␂", self.eos_id: "␃", self.eot_id: "␄", self.mask_id: "▒"}
 
+    def __reduce__(self):
+        # Another process reads the file again, once.
+        return _load_once, (self.path, self.mask_id, self.eot_id)
+
     def encode(self, text: str) -> list[int]:
         """Ids of the text alone; nothing is added at either end."""
         return self._model.encode(text)
@@ -68,7 +73,7 @@ class Tokenizer:
         return self._model.decode([int(i) for i in ids], keep_special)
 
     def piece(self, id: int) -> str:
-        """Printable text of one id: the mask is `▒`, BOS, EOS and EOT are `␂ ␃ ␄`, a line end is `⏎`."""
+        """Printable text of one id: the mask is `▒`, BOS, EOS, EOT are `␂ ␃ ␄`, a line end `⏎`."""
         text = self._shown.get(int(id)) or self._model.piece(int(id))
         return text.replace("\n", "⏎").replace("\t", "⇥").replace("\r", "␍")
 
@@ -81,7 +86,7 @@ class Tokenizer:
         return [*self.encode(content.strip()), self.eot_id]
 
     def save(self, directory: str | os.PathLike) -> list[Path]:
-        """Copies the tokenizer's files into the directory, under the names `load_tokenizer` finds."""
+        """Copies the files into the directory, under names that `load_tokenizer` finds."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         copies = []
@@ -97,7 +102,7 @@ def load_tokenizer(
 ) -> Tokenizer:
     """Reads a tokenizer from a `.model` or `tokenizer.json` file or the directory that holds one.
 
-    `mask_id` and `eot_id` are for files that do not name these tokens (iLLaDA's mask is plain id 5).
+    `mask_id` and `eot_id` are for files that do not name these tokens (iLLaDA's mask is id 5).
     Raises InputError if there is no tokenizer or it lacks BOS, EOS or the mask.
     """
     file = _find_tokenizer(Path(path))
@@ -107,9 +112,18 @@ def load_tokenizer(
         return Tokenizer(kind(file, given), file)
     except (InputError, FileNotFoundError):
         raise
-    except Exception as error:  # both libraries raise bare Exception or RuntimeError for corrupt files
+    except (
+        Exception
+    ) as error:  # both libraries raise bare Exception or RuntimeError for corrupt files
         reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{file}: not a readable tokenizer ({reason}); make or copy it again") from error
+        raise InputError(
+            f"{file}: not a readable tokenizer ({reason}); make or copy it again"
+        ) from error
+
+
+@functools.cache
+def _load_once(path: Path, mask_id: int, eot_id: int) -> Tokenizer:
+    return load_tokenizer(path, mask_id=mask_id, eot_id=eot_id)
 
 
 def train_tokenizer(
@@ -117,9 +131,9 @@ def train_tokenizer(
 ) -> Tokenizer:
     """Trains a SentencePiece model of at most `vocab_size` ids and writes it to `path` (`….model`).
 
-    Ids 0–6 are unknown, BOS, EOS, mask, the two headers and EOT; every text can be encoded and comes
-    back unchanged (bytes stand for unseen characters). Deterministic. The vocabulary is smaller than
-    asked if the text does not hold that many pieces.
+    Ids 0–6 are unknown, BOS, EOS, mask, the two headers and EOT; every text can be encoded and
+    comes back unchanged (bytes stand for unseen characters). Deterministic. The vocabulary is
+    smaller than asked if the text does not hold that many pieces.
     """
     path = Path(path)
     if model_type not in _MODEL_TYPES:
@@ -128,7 +142,9 @@ def train_tokenizer(
         raise InputError(f"{path}: the name of a SentencePiece tokenizer must end in .model")
     fixed = 8 + 256  # special tokens and the line end; bytes
     if vocab_size <= fixed:
-        raise InputError(f"vocab_size is {vocab_size}, must exceed {fixed}: special tokens and bytes take those")
+        raise InputError(
+            f"vocab_size is {vocab_size}, must exceed {fixed}: special tokens and bytes take those"
+        )
     lines = _sample_lines(texts)
     if not lines:
         raise InputError(f"{path}: no text to train a tokenizer on; give files that hold text")
@@ -181,7 +197,7 @@ class _SentencePiece:
             known = given["mask_id"] if token == MASK else given["eot_id"] if token == EOT else None
             if token not in ids and known is None:
                 raise InputError(
-                    f"{path}: no control symbol {token}; train the tokenizer with tools/train_tokenizer.py"
+                    f"{path}: no control symbol {token}; train it with tools/train_tokenizer.py"
                 )
         self.bos_id, self.eos_id, self.pad_id = ids[BOS], ids[EOS], ids[EOS]
         self.mask_id = ids[MASK] if given["mask_id"] is None else given["mask_id"]
@@ -203,15 +219,19 @@ class _SentencePiece:
         for is_text, group in itertools.groupby(ids, self._is_text):
             if is_text:
                 parts.append(self._sp.decode(list(group)))
-            else:  # the unknown id and rows of the embedding beyond the vocabulary stand for nothing
-                parts += [self._special.get(i, "\ufffd") for i in group if keep_special or i not in self._special]
+            else:  # the unknown id and ids beyond the vocabulary have no text
+                parts += [
+                    self._special.get(i, "\ufffd")
+                    for i in group
+                    if keep_special or i not in self._special
+                ]
         return "".join(parts)
 
     def piece(self, id: int) -> str:
         if not self._is_text(id):
             return self._special.get(id, "\ufffd")
         piece = self._sp.id_to_piece(id)
-        if self._sp.is_byte(id) and not 0x20 <= int(piece[3:5], 16) < 0x7F and id != self._sp.piece_to_id("\n"):
+        if self._sp.is_byte(id) and not 0x20 <= int(piece[3:5], 16) < 0x7F:  # <0xE6>
             return f"‹{piece[3:5]}›"
         return self._sp.decode([id])
 
@@ -250,20 +270,30 @@ class _TokenizerJson:
             "eos_token": _token_text(settings.get("eos_token")) or EOS,
             "mask_token": _token_text(settings.get("mask_token")) or MASK,
         }
-        self._names["pad_token"] = _token_text(settings.get("pad_token")) or self._names["eos_token"]
+        self._names["pad_token"] = (
+            _token_text(settings.get("pad_token")) or self._names["eos_token"]
+        )
 
         def id_of(name: str) -> int:
             id = self._hf.token_to_id(self._names[name])
             if id is None:
-                raise InputError(f"{path}: no {name} {self._names[name]!r}; is it a LLaDA tokenizer?")
+                raise InputError(
+                    f"{path}: no {name} {self._names[name]!r}; is it a LLaDA tokenizer?"
+                )
             return id
 
-        self.bos_id, self.eos_id, self.pad_id = id_of("bos_token"), id_of("eos_token"), id_of("pad_token")
+        self.bos_id, self.eos_id, self.pad_id = (
+            id_of("bos_token"),
+            id_of("eos_token"),
+            id_of("pad_token"),
+        )
         self.mask_id = id_of("mask_token") if given["mask_id"] is None else given["mask_id"]
         eot_id = self._hf.token_to_id(EOT) if given["eot_id"] is None else given["eot_id"]
         self.eot_id = self.eos_id if eot_id is None else eot_id  # iLLaDA ends its turns with EOS
         self.chat_template = _chat_template(path.parent, settings) or LLADA_CHAT_TEMPLATE
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True
+        )
         environment.globals["raise_exception"] = _refuse_messages
         self._template = environment.from_string(self.chat_template)
 
@@ -288,7 +318,9 @@ class _TokenizerJson:
 
 def _find_tokenizer(path: Path) -> Path:
     if not path.exists():
-        raise InputError(f"{path}: no such tokenizer; give a .model or tokenizer.json file or its directory")
+        raise InputError(
+            f"{path}: no such tokenizer; give a .model or tokenizer.json file or its directory"
+        )
     if path.is_dir():
         for name in ("tokenizer.json", "tokenizer.model"):
             if (path / name).exists():
@@ -328,13 +360,15 @@ def _refuse_messages(reason: str):
 
 
 def _sample_lines(texts: Iterable[str]) -> list[str]:
-    """Non-blank lines of the texts, a uniform sample of them (reservoir, fixed seed) if they are many."""
+    """Non-blank lines of the texts, a uniform sample (reservoir, fixed seed) if they are many."""
     lines: list[str] = []
     kept_bytes, seen, draw = 0, 0, random.Random(0)
     for text in texts:
         for line in text.split("\n"):
             for start in range(0, len(line), _LINE_CHARACTERS):
-                part = line[start : start + _LINE_CHARACTERS].replace("\0", "")  # refused in training
+                part = line[start : start + _LINE_CHARACTERS].replace(
+                    "\0", ""
+                )  # refused in training
                 if not part.strip():
                     continue
                 seen += 1

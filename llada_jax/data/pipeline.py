@@ -1,0 +1,280 @@
+"""Rows become batches: the rows of a step are a pure function of (seed, step), read by Grain.
+
+Shapes: G rows of the global batch, B of them on this process, L positions of a row.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import grain
+import numpy as np
+from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+from llada_jax.config import InputError
+from llada_jax.data import rows
+from llada_jax.data.shards import FORMAT, decode_record
+
+KINDS = ("text", "chat")
+
+_PREPARE = "prepare it with tools/prepare_data.py"
+
+
+class RowSource:
+    """A prepared dataset by row: `source[i]` is a dict of tokens, segment_ids (int32 [L]),
+    prompt_length and length. Thread-safe; made by `open_dataset`."""
+
+    def __init__(self, path: Path, manifest: dict[str, Any], lengths: np.ndarray):
+        self.path, self.manifest = path, manifest
+        self.lengths = lengths  # int32 [rows], positions that are not padding
+        self.kind: str = manifest["kind"]
+        self.row_length: int = manifest["row_length"]
+        self.tokenizer_path = path / manifest["tokenizer"]["file"]
+        shards = [
+            _Shard(str(path / shard["file"]), 0, shard["rows"], shard["rows"])
+            for shard in manifest["shards"]
+        ]
+        self._records = ArrayRecordDataSource(shards)  # pyright: ignore[reportArgumentType]
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        try:
+            record = self._records[index]
+        except (RuntimeError, OSError) as error:
+            reason = " ".join(str(error).split())[:200]
+            message = (
+                f"{self.path}: row {index} cannot be read ({reason}); copy or {_PREPARE} again"
+            )
+            raise InputError(message) from error
+        return decode_record(record, self.row_length)
+
+
+class _Shard(NamedTuple):
+    """ArrayRecord's FileInstruction: with the count known, files are opened only when needed."""
+
+    filename: str
+    skip: int
+    take: int
+    examples_in_shard: int
+
+
+def open_dataset(path: str | os.PathLike) -> RowSource:
+    """Opens what `prepare_dataset` wrote; InputError if it is missing, incomplete or foreign."""
+    path = Path(path)
+    try:
+        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: no dataset there (no manifest.json); {_PREPARE}") from error
+    except ValueError as error:
+        raise InputError(f"{path / 'manifest.json'}: not JSON ({error}); {_PREPARE}") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise InputError(
+            f"{path / 'manifest.json'}: its format is not {FORMAT!r}; {_PREPARE} again"
+        )
+    for shard in manifest["shards"]:
+        size = os.path.getsize(path / shard["file"]) if (path / shard["file"]).exists() else None
+        if size != shard["bytes"]:
+            found = "is missing" if size is None else f"has {size} bytes, not {shard['bytes']}"
+            raise InputError(
+                f"{path / shard['file']}: {found}; copy the dataset again or {_PREPARE}"
+            )
+    try:
+        lengths = np.load(path / "lengths.npy", mmap_mode="r")
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{path / 'lengths.npy'}: cannot be read; copy it again or {_PREPARE}"
+        ) from error
+    counted = sum(shard["rows"] for shard in manifest["shards"])
+    if not len(lengths) == manifest["rows"] == counted:
+        raise InputError(
+            f"{path}: lengths.npy has {len(lengths)} rows, the shards {counted}, the manifest says "
+            f"{manifest['rows']}; copy the dataset again or {_PREPARE}"
+        )
+    return RowSource(path, manifest, lengths)
+
+
+@dataclasses.dataclass(frozen=True)
+class Order:
+    """The infinite global order of rows: `order[g]` reads the row of position g."""
+
+    sources: tuple[RowSource, ...]
+    places: grain.MapDataset
+
+    def place(self, position: int) -> tuple[int, int]:
+        """The (source, row) of a position, without reading it."""
+        place = self.places[position]
+        assert place is not None  # grain's way to filter, not used here
+        return place
+
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        source, row = self.place(position)
+        return self.sources[source][row]
+
+
+def ordered(
+    sources: Sequence[RowSource], weights: Sequence[float] | None = None, seed: int = 0
+) -> Order:
+    """The order of training: a pure function of (seed, position), whatever the hosts and the start.
+
+    Every source is shuffled by index and anew in each of its epochs; positions are dealt to the
+    sources in proportion to `weights` (rows, not tokens; equal if None).
+    """
+    weights = [1.0] * len(sources) if weights is None else list(weights)
+    if not sources or len(weights) != len(sources) or min(weights) <= 0:
+        raise InputError(
+            f"weights are {weights} for {len(sources)} datasets; each needs one above 0"
+        )
+    lengths = {source.row_length for source in sources}
+    fingerprints = {source.manifest["tokenizer"]["fingerprint"] for source in sources}
+    paths = ", ".join(str(source.path) for source in sources)
+    if len(lengths) > 1:
+        raise InputError(
+            f"{paths}: row lengths {sorted(lengths)} differ; prepare them with one --row_length"
+        )
+    if len(fingerprints) > 1:
+        raise InputError(
+            f"{paths}: made with different tokenizers; prepare them with one --tokenizer"
+        )
+    parts = []
+    for i, source in enumerate(sources):
+        # Grain adds the epoch to the seed: without hashing, seed 1 would repeat epoch 1 of seed 0.
+        shuffle_seed = int(np.random.SeedSequence([seed, i]).generate_state(1)[0])
+        part = grain.MapDataset.range(len(source)).shuffle(seed=shuffle_seed).repeat()
+        parts.append(part.map(functools.partial(_place, i)))
+    places = parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, weights)
+    return Order(tuple(sources), places)
+
+
+def _place(source: int, row: int) -> tuple[int, int]:
+    return source, row
+
+
+def batches(
+    order: Order,
+    *,
+    batch_size: int,
+    kind: str,
+    start_step: int,
+    num_steps: int,
+    seed: int,
+    eos_id: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    random_length_fraction: float = 0.0,
+    split_fraction: float = 0.0,
+    threads: int = 4,
+    prefetch: int = 8,
+) -> Iterator[dict[str, np.ndarray]]:
+    """Batches of steps start_step, …, num_steps - 1; row j of step s is order[s * batch_size + j].
+
+    Each is a dict of this process's contiguous rows: tokens and segment_ids int32 [B, L] (segment 0
+    is padding), maskable bool [B, L], answer_length int32 [B] (how many positions are maskable).
+    "text": everything but padding is maskable; `random_length_fraction` and `split_fraction` apply.
+    "chat": the reply is maskable, and so is the EOS that pads it to the longest dialogue of the
+    *global* batch; text rows may be mixed in. `prefetch` batches are made ahead by `threads`.
+    """
+    if batch_size % process_count:
+        raise InputError(
+            f"batch_size {batch_size} is not a multiple of the {process_count} processes"
+        )
+    if kind not in KINDS:
+        raise InputError(f"kind is {kind!r}, must be one of {', '.join(KINDS)}")
+    if kind == "chat" and (random_length_fraction or split_fraction):
+        raise InputError(
+            "random_length_fraction and split_fraction are for kind 'text'; leave them 0 for 'chat'"
+        )
+    local = batch_size // process_count
+    make = functools.partial(
+        _make_batch,
+        order=order,
+        batch_size=batch_size,
+        local=slice(process_index * local, (process_index + 1) * local),
+        kind=kind,
+        seed=seed,
+        eos_id=eos_id,
+        fractions=(random_length_fraction, split_fraction),
+    )
+    steps = grain.MapDataset.range(start_step, max(num_steps, start_step))
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
+    return iter(steps.map(make).to_iter_dataset(options))
+
+
+def _make_batch(
+    step: int,
+    *,
+    order: Order,
+    batch_size: int,
+    local: slice,
+    kind: str,
+    seed: int,
+    eos_id: int,
+    fractions: tuple[float, float],
+) -> dict[str, np.ndarray]:
+    positions_G = range(step * batch_size, (step + 1) * batch_size)
+    positions_B = np.asarray(positions_G[local])
+    read = [order[g] for g in positions_G[local]]
+    tokens_BL = np.stack([row["tokens"] for row in read])
+    segment_ids_BL = np.stack([row["segment_ids"] for row in read])
+    if kind == "chat":
+        longest = _longest_dialogue(order, positions_G)
+        prompts_B = np.asarray([row["prompt_length"] for row in read], np.int32)
+        return _pad_answers(tokens_BL, segment_ids_BL, prompts_B, longest, eos_id)
+    random_fraction, split_fraction = fractions
+    if random_fraction:
+        tokens_BL, segment_ids_BL = rows.random_length(
+            tokens_BL,
+            segment_ids_BL,
+            positions_B,
+            fraction=random_fraction,
+            seed=seed,
+            pad_id=eos_id,
+        )
+    if split_fraction:
+        segment_ids_BL = rows.split_in_two(
+            segment_ids_BL, positions_B, fraction=split_fraction, seed=seed
+        )
+    return _batch(tokens_BL, segment_ids_BL, segment_ids_BL > 0)
+
+
+def _longest_dialogue(order: Order, positions_G: range) -> int:
+    """Length of the longest chat row of the global batch, which every process finds by itself."""
+    longest = 0
+    for source, row in map(order.place, positions_G):
+        if order.sources[source].kind == "chat":
+            longest = max(longest, int(order.sources[source].lengths[row]))
+    return longest
+
+
+def _pad_answers(
+    tokens_BL: np.ndarray,
+    segment_ids_BL: np.ndarray,
+    prompts_B: np.ndarray,
+    longest: int,
+    eos_id: int,
+) -> dict[str, np.ndarray]:
+    """EOS up to `longest` becomes part of the reply (LLaDA's SFT): maskable and attended."""
+    is_chat_B1 = (prompts_B > 0)[:, None]  # a text row has no prompt
+    columns_L = np.arange(tokens_BL.shape[1])
+    filler_BL = is_chat_B1 & (segment_ids_BL == 0) & (columns_L < longest)
+    tokens_BL = np.where(filler_BL, eos_id, tokens_BL)
+    segment_ids_BL = np.where(filler_BL, 1, segment_ids_BL)
+    return _batch(
+        tokens_BL, segment_ids_BL, (segment_ids_BL > 0) & (columns_L >= prompts_B[:, None])
+    )
+
+
+def _batch(
+    tokens_BL: np.ndarray, segment_ids_BL: np.ndarray, maskable_BL: np.ndarray
+) -> dict[str, np.ndarray]:
+    return {
+        "tokens": tokens_BL.astype(np.int32, copy=False),
+        "segment_ids": segment_ids_BL.astype(np.int32, copy=False),
+        "maskable": maskable_BL,
+        "answer_length": maskable_BL.sum(1, dtype=np.int32),
+    }

@@ -1,0 +1,206 @@
+"""The reverse process as one compiled program (Algorithm 4 and 5 of arXiv 2502.09992).
+
+B rows, P prompt length, G generated length, S = P + G columns of the canvas, W columns of a block, V vocabulary.
+
+Blocks run from left to right; in each, steps // blocks forward passes commit the positions of which the model is
+surest. What was committed when, and with which probability, comes back in two [B, S] arrays, from which every
+intermediate state can be replayed.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import PartitionSpec as P
+
+from llada_jax.config import InputError
+from llada_jax.sampling import select
+from llada_jax.sharding import BATCH, current_mesh, reshard, spec, use
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Sampled:
+    """tokens int32 [B, S]; step int32 [B, S] at which each was committed (-1: given); probability float32 [B, S]."""
+
+    tokens: jax.Array
+    step: jax.Array
+    probability: jax.Array
+
+    def trajectory(self, steps: int, mask_id: int) -> np.ndarray:
+        """The canvas after every step, int32 [steps, B, S]."""
+        tokens, step = np.asarray(self.tokens), np.asarray(self.step)
+        return np.stack([np.where(step <= i, tokens, mask_id) for i in range(steps)])
+
+
+def generate(
+    model, prompt, attention_mask=None, *, gen_length: int = 128, steps: int = 128, block_length: int = 128,
+    temperature: float = 0.0, cfg_scale: float = 0.0, remasking: str = "low_confidence", logits_eos_inf: bool = False,
+    confidence_eos_eot_inf: bool = False, mask_id: int | None = None, eos_id: int | None = None,
+    eot_id: int | None = None, key: jax.Array | None = None, return_trajectory: bool = False,
+):  # fmt: skip
+    """Token ids int32 [B, P + gen_length]; with `return_trajectory` also the canvas after every step [steps, B, S].
+
+    prompt: int32 [B, P], left-padded where attention_mask (bool or int [B, P]) is 0; masks in it are infilled with the
+    first block. remasking: "low_confidence" or "random". cfg_scale: classifier-free guidance, Eq. 16 of the paper.
+    The ids default to those of the model's config. Raises InputError when lengths do not divide or do not fit.
+    """
+    ids = _ids(model.config, mask_id, eos_id, eot_id)
+    prompt = np.asarray(prompt, np.int32)
+    B, P = prompt.shape
+    _check(model.config, B, P, gen_length, steps, block_length, temperature, remasking)
+    canvas = np.concatenate([prompt, np.full((B, gen_length), ids[0], np.int32)], axis=1)
+    visible = None
+    if attention_mask is not None and not np.all(attention_mask):
+        visible = np.concatenate([np.asarray(attention_mask, np.int32), np.ones((B, gen_length), np.int32)], axis=1)
+    options = Options(
+        P, block_length, steps, temperature, cfg_scale, remasking, logits_eos_inf, confidence_eos_eot_inf, *ids,
+        infill=bool((prompt == ids[0]).any()),
+    )  # fmt: skip
+    key = jax.random.key(0) if key is None else key
+    sampled = _reverse_rows(model, canvas, visible, key, options)
+    return (sampled.tokens, sampled.trajectory(steps, ids[0])) if return_trajectory else sampled.tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The static half of a sampling program."""
+
+    start: int  # first column of the first block
+    block_length: int
+    steps: int
+    temperature: float
+    cfg_scale: float
+    remasking: str
+    logits_eos_inf: bool
+    confidence_eos_eot_inf: bool
+    mask_id: int
+    eos_id: int
+    eot_id: int
+    infill: bool = False  # masks before `start`, too: the first block's quota counts them
+
+
+@functools.partial(jax.jit, static_argnames="options")
+def reverse(model, canvas_BS: jax.Array, visible_BS: jax.Array | None, key: jax.Array, options: Options) -> Sampled:
+    """Fills every mask of the canvas; `visible` int32 [B, S] hides keys where it is 0."""
+    o = options
+    B, S = canvas_BS.shape
+    blocks = (S - o.start) // o.block_length
+    steps = o.steps // blocks
+    width, whole = (S, True) if o.infill else (o.block_length, False)
+    given_BS = canvas_BS != o.mask_id
+    columns_S = jnp.arange(S)
+
+    def logits(x_BS, first):
+        """[B, width, V] float32 at the window that starts at column `first`."""
+        rows, visible = x_BS, visible_BS
+        if o.cfg_scale > 0:
+            rows = jnp.concatenate([x_BS, jnp.where(given_BS, o.mask_id, x_BS)])
+            visible = None if visible_BS is None else jnp.concatenate([visible_BS, visible_BS])
+        hidden = model.hidden(rows, visible)
+        hidden = jax.lax.dynamic_slice_in_dim(reshard(hidden, BATCH, None, None), first, width, axis=1)
+        head = use(model.head, hidden.dtype)
+        out = jnp.einsum("BWD,VD->BWV", hidden, head, preferred_element_type=jnp.float32, out_sharding=spec(BATCH))
+        if o.cfg_scale > 0:
+            conditional, unconditional = jnp.split(out, 2)
+            out = unconditional + (o.cfg_scale + 1) * (conditional - unconditional)
+        return select._without(out, (o.eos_id,)) if o.logits_eos_inf else out
+
+    def block(b, state):
+        begin, end = o.start + b * o.block_length, o.start + (b + 1) * o.block_length
+        first = 0 if whole else begin
+        masks_B = jnp.sum((state[0] == o.mask_id) & (columns_S < end), axis=1)
+
+        def step(carry):
+            i, (x_BS, step_BS, probability_BS) = carry
+            step_key = jax.random.fold_in(key, b * steps + i)
+            out_BWV = logits(x_BS, first)
+            x_BW = jax.lax.dynamic_slice_in_dim(x_BS, first, width, axis=1)
+            chosen_BW = select.choose(step_key, out_BWV, o.temperature, o.mask_id)
+            last = (o.eos_id, o.eot_id) if o.confidence_eos_eot_inf else ()
+            score_BW = log_odds_BW = select.confidence(out_BWV, chosen_BW, last)
+            if o.remasking == "random":
+                score_BW = jax.random.uniform(jax.random.fold_in(step_key, 1), (B, width))
+            open_BW = (x_BW == o.mask_id) & (first + jnp.arange(width) < end)
+            commit_BW = select.most_confident(score_BW, open_BW, select.quota(masks_B, steps, i))
+
+            def put(old_BS, new_BW):
+                old_BW = jax.lax.dynamic_slice_in_dim(old_BS, first, width, axis=1)
+                new_BW = jnp.where(commit_BW, new_BW.astype(old_BS.dtype), old_BW)
+                return jax.lax.dynamic_update_slice_in_dim(old_BS, new_BW, first, axis=1)
+
+            now_BW = jnp.where(commit_BW, b * steps + i, 0)
+            state = put(x_BS, chosen_BW), put(step_BS, now_BW), put(probability_BS, jax.nn.sigmoid(log_odds_BW))
+            return i + 1, state
+
+        def unfinished(carry):
+            i, (x_BS, _, _) = carry
+            return (i < steps) & jnp.any((x_BS == o.mask_id) & (columns_S < end))
+
+        return jax.lax.while_loop(unfinished, step, (jnp.int32(0), state))[1]
+
+    state = canvas_BS, jnp.where(given_BS, -1, -1), jnp.where(given_BS, 1.0, 1.0)  # sharded as the canvas is
+    return Sampled(*jax.lax.fori_loop(0, blocks, block, state))
+
+
+def infill(model, canvas, attention_mask=None, *, steps: int | None = None, temperature: float = 0.0, key=None) -> Sampled:
+    """Fills the masks of `canvas` (int32 [B, S]) as one block; by default one token a step in the row with most masks.
+
+    attention_mask: int [B, S], 0 for padding.
+    """
+    c = model.config
+    canvas = np.asarray(canvas, np.int32)
+    masks = (canvas == c.mask_token_id).sum(axis=1)
+    if masks.max(initial=0) == 0:
+        raise InputError("nothing to fill: the text holds no mask")
+    options = Options(
+        0, canvas.shape[1], steps or int(masks.max()), temperature, 0.0, "low_confidence", False, False,
+        *_ids(c, None, None, None),
+    )  # fmt: skip
+    visible = None if attention_mask is None else np.asarray(attention_mask, np.int32)
+    return _reverse_rows(model, canvas, visible, jax.random.key(0) if key is None else key, options)
+
+
+def _reverse_rows(model, canvas: np.ndarray, visible: np.ndarray | None, key, options: Options) -> Sampled:
+    """`reverse` for any number of rows: on a mesh they are filled up with copies to what its axes divide."""
+    mesh = current_mesh()
+    if mesh is None:
+        return reverse(model, jnp.asarray(canvas), None if visible is None else jnp.asarray(visible), key, options)
+    if canvas.shape[1] % mesh.shape["context"]:
+        raise InputError(f"{canvas.shape[1]} tokens do not split over {mesh.shape['context']} devices of config.mesh.context")
+    rows = len(canvas)
+    filled = np.resize(np.arange(rows), -(-rows // _rows_divisor(mesh)) * _rows_divisor(mesh))
+    place = lambda x: None if x is None else jax.device_put(x[filled], P(BATCH, None))  # noqa: E731
+    sampled = reverse(model, place(canvas), place(visible), key, options)
+    return jax.tree.map(lambda x: jnp.asarray(multihost_utils.process_allgather(x, tiled=True))[:rows], sampled)
+
+
+def _rows_divisor(mesh) -> int:
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def _ids(c, mask_id, eos_id, eot_id) -> tuple[int, int, int]:
+    given = (mask_id, eos_id, eot_id)
+    default = (c.mask_token_id, c.eos_token_id, c.eot_token_id)
+    return tuple(d if g is None else g for g, d in zip(given, default, strict=True))
+
+
+def _check(c, B, P, gen_length, steps, block_length, temperature, remasking) -> None:
+    def require(ok, message):
+        if not ok:
+            raise InputError(message)
+
+    require(B > 0 and P > 0, "the prompt is empty")
+    require(min(gen_length, steps, block_length) > 0, "gen_length, steps and block_length must be positive")
+    require(gen_length % block_length == 0, f"gen_length {gen_length} is not a multiple of block_length {block_length}")
+    blocks = gen_length // block_length
+    require(steps % blocks == 0, f"steps {steps} is not a multiple of the number of blocks, {blocks}")
+    require(
+        P + gen_length <= c.max_sequence_length,
+        f"prompt ({P}) and gen_length ({gen_length}) exceed the model's context of {c.max_sequence_length} tokens",
+    )
+    require(temperature >= 0, f"temperature {temperature} is negative")
+    require(remasking in ("low_confidence", "random"), f"remasking {remasking!r} is not one of low_confidence, random")

@@ -1,0 +1,270 @@
+"""Trains a model: config → tokenizer → data → mesh → state → loop. Pre-training, fine-tuning and the control alike.
+
+python -m llada_jax.train --config=configs/pretrain_tiny.py --workdir=DIR [--config.data.files='books/*.txt']
+"""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags, logging
+from ml_collections import ConfigDict, config_flags
+
+from llada_jax import checkpoint, cli, losses, optimizer, sharding, train_step
+from llada_jax.config import InputError, ModelConfig, model_config
+from llada_jax.data import pipeline, prepare, sources
+from llada_jax.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from llada_jax.metrics import Reporter
+from llada_jax.model import parameter_count
+from llada_jax.sampling import chat
+
+
+def train(config: ConfigDict, workdir: str | Path, *, title: str = "train") -> dict[str, float]:
+    """Runs what `config` says in `workdir`, from its newest checkpoint if it has one; returns the last scalars.
+
+    Raises InputError for whatever a user can get wrong, before anything is written where that is possible.
+    """
+    workdir = Path(workdir)
+    config = config.copy_and_resolve_references()
+    _check(config)
+    objective = losses.objective_named(config.objective.name)
+    mesh = sharding.make_mesh(dict(config.mesh))
+    if workdir.exists() and not workdir.is_dir():
+        raise InputError(f"{workdir}: is a file; --workdir names a directory")
+    tokenizer, rows, validation = open_data(config, workdir)
+    model = fit_to_tokenizer(config, tokenizer)
+    checkpoint.claim_workdir(workdir, config)
+    tokenizer.save(workdir / "tokenizer")
+
+    total, rows_per_step = config.train.steps, config.train.batch_size
+    tokens_per_step = rows_per_step * config.data.row_length
+    phases = dict(total_steps=total, tokens_per_step=tokens_per_step)
+    optax_optimizer = optimizer.make_optimizer(config.optimizer, **phases)
+    with jax.set_mesh(mesh):
+        init = jax.jit(train_step.init_state, static_argnums=(0, 1))
+        state = init(model, optax_optimizer, jax.random.key(config.train.seed))
+        saver = checkpoint.Checkpointer(workdir, config)
+        if saver.latest is not None:
+            state = saver.restore(state)
+        elif config.train.init_from:
+            state.model = checkpoint.load_model(config.train.init_from, mesh)
+        first = int(state.step)
+        step_fn = train_step.make_train_step(
+            optax_optimizer, objective, config.objective, microbatches=config.train.microbatches
+        )
+        eval_fn = train_step.make_eval_step(objective, config.objective)
+        reporter = Reporter(
+            workdir, model, rows=rows_per_step, length=config.data.row_length,
+            tokens_per_byte=_tokens_per_byte(rows), schedule=optimizer.make_schedule(config.optimizer.schedule, **phases),
+            total_steps=total, first_step=first, log_every=config.train.log_every, title=title,
+        )  # fmt: skip
+        reporter.say(_opening(model, mesh, workdir, first, total, title))
+        key = jax.random.fold_in(jax.random.key(config.train.seed), 1)
+        last: dict[str, float] = {}
+        try:
+            pending = None
+            for step, batch, waited in _timed(_batches(config, rows, tokenizer, first, mesh), first):
+                state, metrics = step_fn(state, batch, key)
+                if pending is not None:  # fetched one step late, so that the device never waits for the host
+                    reporter.step(*pending)
+                pending = (step, metrics, waited)
+                saver.save(step, state, force=step == total)
+                if _due(step, config.train.eval_every, total) and validation is not None:
+                    reporter.step(*pending)
+                    pending = None
+                    last = reporter.evaluation(step, _evaluate(eval_fn, state.model, config, validation, tokenizer, mesh))
+                    reporter.restart_clock()
+                if _due(step, config.train.sample_every, total) and config.train.sample_prompt:
+                    text = chat.complete(state.model, tokenizer, config.train.sample_prompt)
+                    reporter.text(step, "sample", text)
+                    reporter.restart_clock()
+            if pending is not None:
+                reporter.step(*pending)
+        finally:
+            saver.close()
+            reporter.close()
+    return last
+
+
+def _opening(model: ModelConfig, mesh, workdir: Path, first: int, total: int, title: str) -> str:
+    sizes = " ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+    start = f"from step {first}" if first else "from the start"
+    return (
+        f"{title}: {parameter_count(model):,} parameters, {total} steps {start}, mesh {sizes}, "
+        f"{jax.device_count()} x {jax.devices()[0].device_kind}; workdir {workdir}"
+    )
+
+
+def open_data(config: ConfigDict, workdir: Path):
+    """(tokenizer, order of training rows, validation rows or None). Files are prepared into workdir/data."""
+    data = config.data
+    path = Path(data.path) if data.path else workdir / "data"
+    if not data.path:
+        tokenizer = _tokenizer(config, workdir)
+        prepare.prepare_dataset(
+            path, kind=data.kind, files=data.files, tokenizer=tokenizer, row_length=data.row_length,
+            packing=data.packing, documents=data.documents, overlong=data.overlong,
+            validation_fraction=data.validation_fraction,
+        )  # fmt: skip
+    weighted = [(path, 1.0), *((Path(other), float(weight)) for other, weight in data.mixture)]
+    opened = [pipeline.open_dataset(other) for other, _ in weighted]
+    tokenizer = load_tokenizer(opened[0].tokenizer_path)
+    for source in opened:
+        if source.row_length != data.row_length:
+            raise InputError(
+                f"{source.path}: its rows are {source.row_length} long, config.data.row_length is {data.row_length}"
+            )
+    if config.train.init_from:
+        _same_tokenizer(tokenizer, config.train.init_from, opened[0].path)
+    order = pipeline.ordered(opened, [weight for _, weight in weighted], seed=config.train.seed)
+    held_out = path / "validation"
+    validation = pipeline.open_dataset(held_out) if (held_out / "manifest.json").exists() else None
+    if len(opened[0]) == 0:
+        raise InputError(f"{path}: holds no rows; give more text")
+    return tokenizer, order, validation
+
+
+def _tokenizer(config: ConfigDict, workdir: Path) -> Tokenizer:
+    """The one that the config names, that of the model it starts from, or one trained on the files."""
+    data = config.data
+    if data.tokenizer:
+        return load_tokenizer(data.tokenizer)
+    if config.train.init_from:
+        return load_tokenizer(Path(config.train.init_from) / "tokenizer")
+    path = workdir / "tokenizer" / "tokenizer.model"
+    if path.exists():
+        return load_tokenizer(path)
+    if data.kind == "chat":
+        raise InputError("config.data.tokenizer is empty; fine-tuning needs the tokenizer of the model it starts from")
+    files = sources.expand_files(data.files)
+    texts = (text for file in files for text in sources.read_documents(file, data.documents))
+    return train_tokenizer(texts, path, data.vocab_size, data.tokenizer_type)
+
+
+def _same_tokenizer(tokenizer: Tokenizer, init_from: str, data_path: Path) -> None:
+    theirs = load_tokenizer(Path(init_from) / "tokenizer")
+    if theirs.fingerprint != tokenizer.fingerprint:
+        raise InputError(
+            f"{data_path}: made with another tokenizer than the model in {init_from}; prepare it with "
+            f"--tokenizer={Path(init_from) / 'tokenizer'}"
+        )
+
+
+def fit_to_tokenizer(config: ConfigDict, tokenizer: Tokenizer) -> ModelConfig:
+    """Fills in what the tokenizer decides (sizes that are 0, special ids) and checks that the rest fits.
+
+    A model that starts from another run takes that run's architecture.
+    """
+    m = config.model
+    if config.train.init_from:
+        theirs = checkpoint.load_config(config.train.init_from)["model"]
+        m.update({name: value for name, value in theirs.items() if name not in ("dtype", "remat")})
+    m.vocab_size = m.vocab_size or tokenizer.vocab_size
+    m.embedding_size = m.embedding_size or -(-m.vocab_size // 64) * 64
+    m.mask_token_id, m.bos_token_id, m.eos_token_id = tokenizer.mask_id, tokenizer.bos_id, tokenizer.eos_id
+    m.pad_token_id, m.eot_token_id = tokenizer.pad_id, tokenizer.eot_id
+    if tokenizer.vocab_size > m.embedding_size:
+        raise InputError(
+            f"config.model.embedding_size {m.embedding_size} has no row for each of the tokenizer's "
+            f"{tokenizer.vocab_size} ids; raise it, or set vocab_size and embedding_size to 0"
+        )
+    if config.data.row_length > m.max_sequence_length:
+        raise InputError(
+            f"config.data.row_length {config.data.row_length} is longer than the model's context, "
+            f"config.model.max_sequence_length {m.max_sequence_length}"
+        )
+    return model_config(m)
+
+
+def _check(config: ConfigDict) -> None:
+    t, d, o = config.train, config.data, config.objective
+    if o.name == "sft" and d.kind != "chat":
+        raise InputError(f"config.objective.name 'sft' needs config.data.kind 'chat', it is {d.kind!r}")
+    for name in ("steps", "batch_size", "microbatches", "log_every"):
+        if t[name] < 1:
+            raise InputError(f"config.train.{name} is {t[name]}, must be at least 1")
+    shards = jax.device_count() if -1 in dict(config.mesh).values() else config.mesh.data * config.mesh.fsdp
+    if -1 in dict(config.mesh).values():
+        shards //= max(config.mesh.tensor, 1) * max(config.mesh.context, 1)
+    if t.batch_size % max(t.microbatches * shards, 1):
+        raise InputError(
+            f"config.train.batch_size {t.batch_size} does not split into {t.microbatches} microbatches over "
+            f"{shards} devices of the data and fsdp axes"
+        )
+    if o.attention == "full" and (d.random_length_fraction or d.kind == "chat" or d.packing == "document"):
+        raise InputError(
+            "config.objective.attention 'full' sees padding, which random lengths, chat rows and packing 'document' "
+            "make; use 'padding'"
+        )
+    if d.split_fraction and o.attention != "documents":
+        raise InputError("config.data.split_fraction needs config.objective.attention 'documents'")
+    if d.tokenizer and d.path:
+        raise InputError("config.data.tokenizer and config.data.path: a prepared directory brings its own tokenizer")
+
+
+def _batches(config, order, tokenizer, first, mesh) -> Iterator[losses.Batch]:
+    text = config.data.kind == "text"
+    rows = pipeline.batches(
+        order, batch_size=config.train.batch_size, kind=config.data.kind, start_step=first,
+        num_steps=config.train.steps, seed=config.train.seed, eos_id=tokenizer.eos_id,
+        process_index=jax.process_index(), process_count=jax.process_count(), threads=config.data.threads,
+        random_length_fraction=config.data.random_length_fraction if text else 0.0,
+        split_fraction=config.data.split_fraction if text else 0.0,
+    )  # fmt: skip
+    for batch in rows:
+        yield losses.Batch(**{name: sharding.place_rows(x, mesh) for name, x in batch.items()})
+
+
+def _timed(batches: Iterator[losses.Batch], first: int) -> Iterator[tuple[int, losses.Batch, float]]:
+    """(number of the step, its batch, seconds that the loop waited for it)."""
+    for step in range(first + 1, 10**12):
+        start = time.perf_counter()
+        batch = next(batches, None)
+        if batch is None:
+            return
+        yield step, batch, time.perf_counter() - start
+
+
+def _evaluate(eval_fn, model, config, validation, tokenizer, mesh) -> dict[str, np.ndarray]:
+    """Metrics summed over the first eval_rows validation rows, each under a mask that never changes."""
+    order = pipeline.ordered([validation], seed=0)
+    size = config.train.batch_size
+    batches = pipeline.batches(
+        order, batch_size=size, kind=config.data.kind, start_step=0, seed=0, eos_id=tokenizer.eos_id,
+        num_steps=max(1, min(config.train.eval_rows, len(validation)) // size),
+        process_index=jax.process_index(), process_count=jax.process_count(),
+    )  # fmt: skip
+    total = None
+    for i, batch in enumerate(batches):
+        placed = losses.Batch(**{name: sharding.place_rows(x, mesh) for name, x in batch.items()})
+        metrics = eval_fn(model, placed, jax.random.fold_in(jax.random.key(0), i))
+        total = metrics if total is None else jax.tree.map(jnp.add, total, metrics)
+    assert total is not None
+    return jax.device_get(total)
+
+
+def _due(step: int, every: int, total: int) -> bool:
+    return every > 0 and (step % every == 0 or step == total)
+
+
+def _tokens_per_byte(order: pipeline.Order) -> float:
+    manifests = [source.manifest for source in order.sources]
+    return sum(m["tokens"] for m in manifests) / max(sum(m["bytes"] for m in manifests), 1)
+
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, logs and the resolved config go.")
+
+
+def main(_argv: list[str]) -> None:
+    if _CONFIG.value is None or not _WORKDIR.value:
+        raise InputError("--config=configs/NAME.py and --workdir=DIR are needed")
+    logging.set_verbosity(logging.WARNING)  # Orbax is talkative
+    train(_CONFIG.value, _WORKDIR.value)
+
+
+if __name__ == "__main__":
+    cli.run(main)
