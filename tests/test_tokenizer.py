@@ -18,7 +18,16 @@ TEXTS = [
     "The quick  brown fox\n\n    jumps over\tthe lazy dog. ",
     "def f(x):\n        return x + 1\r\n",
 ]
-HARD = ["", " ", "\n\n", "  lead and trail  ", "😀👨‍👩‍👧 é e\u0301", "▁▁ a▁b ▁", "\0\x01", "\ufeff\u3000x\u2028y"]
+HARD = [
+    "",
+    " ",
+    "\n\n",
+    "  lead and trail  ",
+    "😀👨‍👩‍👧 é e\u0301",
+    "▁▁ a▁b ▁",
+    "\0\x01",
+    "\ufeff\u3000x\u2028y",
+]
 
 
 def train(path, model_type="bpe", vocab_size=400):
@@ -26,7 +35,9 @@ def train(path, model_type="bpe", vocab_size=400):
 
 
 @pytest.mark.parametrize("model_type", ["bpe", "unigram", "char"])
-@pytest.mark.parametrize("vocab_size", [270, 5000])  # fewer than the characters; more than the text has
+@pytest.mark.parametrize(
+    "vocab_size", [270, 5000]
+)  # fewer than the characters; more than the text has
 def test_any_text_comes_back(tmp_path, model_type, vocab_size):
     tokenizer = train(tmp_path, model_type, vocab_size)
     assert tokenizer.vocab_size <= vocab_size

@@ -11,6 +11,7 @@ import os
 import platform
 import signal
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -29,7 +30,7 @@ from llada_jax.data.tokenizer import Messages, Tokenizer
 KINDS = ("text", "chat")
 OVERLONG = ("error", "drop")
 
-_CHUNK_BYTES = 2**20  # of text, the unit of work of one process
+_CHUNK_BYTES = 2**18  # of text, the unit of work of one process: a fraction of a second
 _SHARD_BYTES = 2**28  # before compression
 _TOKENIZER_FACTS = ("fingerprint", "vocab_size", "bos_id", "eos_id", "pad_id", "mask_id", "eot_id")
 _VALIDATION_SEED = 0x5EED  # fixed: a document stays on its side whatever else changes
@@ -263,14 +264,14 @@ def _map_in_order(
     function: Callable[[Item], Result], items: Iterator[Item], workers: int
 ) -> Generator[Result]:
     """Like map, in `workers` processes, with a bounded number of items under way."""
-    head = list(itertools.islice(items, 2))
+    head = list(itertools.islice(items, 8))
     items = itertools.chain(head, items)
-    if workers == 1 or len(head) < 2:  # starting processes would take longer
+    if workers == 1 or len(head) < 8:  # starting processes would take longer
         yield from map(function, items)
         return
     # Spawned, not forked: the caller may hold threads (JAX, Rust) that do not survive a fork.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_leave_signals_to_parent)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_follow_parent)
     pending = deque()
     try:
         for item in items:
@@ -286,8 +287,17 @@ def _map_in_order(
         pool.shutdown(cancel_futures=True)
 
 
-def _leave_signals_to_parent():
+def _follow_parent():
+    """In a worker: Ctrl-C is the parent's affair, and a parent killed outright takes us with it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def end_with_parent():
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 class _Subset:

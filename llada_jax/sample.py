@@ -1,0 +1,83 @@
+"""Samples from a checkpoint: completion, infilling of [MASK] spans, replies of fine-tuned models.
+
+python -m llada_jax.sample --checkpoint=DIR --prompt='床前明月光，' --gen_length=8
+python -m llada_jax.sample --checkpoint=DIR --prompt='[MASK*5]，疑是地上霜。' --trajectory
+"""
+
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import flags, logging
+
+from llada_jax import checkpoint, cli
+from llada_jax.config import InputError
+from llada_jax.data.tokenizer import Tokenizer, load_tokenizer
+from llada_jax.sampling import chat, reverse
+
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "The workdir of a training run.")
+_PROMPT = flags.DEFINE_multi_string("prompt", [], "The prompt; may be given several times. [MASK] or [MASK*N]: masks.")
+_GEN_LENGTH = flags.DEFINE_integer("gen_length", None, "Tokens to append; default 32, or none if the prompt has masks.")
+_STEPS = flags.DEFINE_integer("steps", None, "Forward passes in all; default: one for each token.")
+_BLOCK_LENGTH = flags.DEFINE_integer("block_length", None, "Semi-autoregressive blocks; default: one block.")
+_TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 is greedy.")
+_CFG_SCALE = flags.DEFINE_float("cfg_scale", 0.0, "Classifier-free guidance.")
+_REMASKING = flags.DEFINE_enum("remasking", "low_confidence", ["low_confidence", "random"], "What stays masked.")
+_CHAT = flags.DEFINE_enum("chat", "auto", ["auto", "yes", "no"], "Apply the chat template; auto: if fine-tuned.")
+_SEED = flags.DEFINE_integer("seed", 0, "Of the sampling noise.")
+_TRAJECTORY = flags.DEFINE_bool("trajectory", False, "Show the text after every step.")
+
+
+def main(_argv: list[str]) -> None:
+    if not _CHECKPOINT.value:
+        raise InputError("--checkpoint is needed: the --workdir of a training run")
+    if not _PROMPT.value or not all(_PROMPT.value):
+        raise InputError("--prompt is needed and must not be empty")
+    logging.set_verbosity(logging.WARNING)
+    workdir = Path(_CHECKPOINT.value)
+    config = checkpoint.load_config(workdir)
+    if config["objective"]["name"] == "autoregressive":
+        raise InputError(f"{workdir}: holds an autoregressive control; the diffusion sampler can't use it")
+    tokenizer = load_tokenizer(workdir / "tokenizer")
+    model = checkpoint.load_model(workdir)
+    is_chat = config["objective"]["name"] == "sft" if _CHAT.value == "auto" else _CHAT.value == "yes"
+    for prompt in _PROMPT.value:
+        ids = (
+            tokenizer.encode_chat([{"role": "user", "content": prompt}])
+            if is_chat
+            else chat.encode_prompt(tokenizer, prompt)
+        )
+        _print(tokenizer, ids, is_chat, *_sample(model, tokenizer, ids))
+
+
+def _sample(model, tokenizer: Tokenizer, ids: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """The sampled row [S], and the row after every step [steps, S]."""
+    key = jax.random.key(_SEED.value)
+    has_masks = tokenizer.mask_id in ids
+    gen_length = _GEN_LENGTH.value if _GEN_LENGTH.value is not None else (0 if has_masks else 32)
+    if gen_length == 0:
+        if _CFG_SCALE.value or _REMASKING.value != "low_confidence" or _BLOCK_LENGTH.value:
+            raise InputError("infilling alone takes no --cfg_scale, --remasking or --block_length; give --gen_length")
+        steps = _STEPS.value or ids.count(tokenizer.mask_id)
+        sampled = reverse.infill(model, np.asarray([ids]), steps=steps, temperature=_TEMPERATURE.value, key=key)
+        return np.asarray(sampled.tokens)[0], sampled.trajectory(steps, tokenizer.mask_id)[:, 0]
+    steps = _STEPS.value or gen_length + ids.count(tokenizer.mask_id)
+    tokens, trajectory = reverse.generate(
+        model, np.asarray([ids]), gen_length=gen_length, steps=steps, block_length=_BLOCK_LENGTH.value or gen_length,
+        temperature=_TEMPERATURE.value, cfg_scale=_CFG_SCALE.value, remasking=_REMASKING.value, key=key,
+        return_trajectory=True,
+    )  # fmt: skip
+    return np.asarray(tokens)[0], trajectory[:, 0]
+
+
+def _print(tokenizer: Tokenizer, ids: list[int], is_chat: bool, row: np.ndarray, trajectory: np.ndarray) -> None:
+    start = len(ids) if is_chat else 1
+    if _TRAJECTORY.value:
+        for i, state in enumerate(trajectory, start=1):
+            print(f"{i:4d} {''.join(tokenizer.piece(token) for token in state[start:])}", file=sys.stderr)
+    print(chat.reply_text(tokenizer, row[start:]) if is_chat else tokenizer.decode(row[start:]))
+
+
+if __name__ == "__main__":
+    cli.run(main)
