@@ -17,8 +17,10 @@ from llada_jax.model import Transformer
 from llada_jax.train_step import TrainState
 
 # What may change between two runs in one workdir; everything else is refused.
-_HARMLESS = ("config.train.log_every", "config.train.eval_every", "config.train.sample_every", "config.checkpoint.",
-             "config.mesh.", "config.data.threads", "config.train.sample_prompt", "config.train.microbatches")  # fmt: skip
+_HARMLESS = (
+    "config.train.log_every", "config.train.eval_every", "config.train.sample_every", "config.train.sample_prompt",
+    "config.train.microbatches", "config.data.threads", "config.checkpoint.", "config.mesh.",
+)  # fmt: skip
 
 
 class Checkpointer:
@@ -67,15 +69,15 @@ def load_model(path: str | Path, mesh=None) -> Transformer:
     directory = Path(path) / "checkpoints"
     if not directory.is_dir():
         raise InputError(f"{path}: no checkpoints/ in it; give the --workdir of a training run")
-    like = _abstract_model(config, mesh)
+    like = abstract_model(config, mesh)
     with ocp.training.Checkpointer(epath.Path(directory).resolve()) as orbax:
         if orbax.latest is None:
             raise InputError(f"{directory}: no complete checkpoint in it yet")
-        named = orbax.load_checkpointables(None, {"model": dict(_named(like))})["model"]
-    return jax.tree.unflatten(jax.tree.structure(like), [named[name] for name, _ in _named(like)])
+        named = orbax.load_checkpointables(None, {"model": dict(named_leaves(like))})["model"]
+    return jax.tree.unflatten(jax.tree.structure(like), [named[name] for name, _ in named_leaves(like)])
 
 
-def _abstract_model(config: ModelConfig, mesh) -> Transformer:
+def abstract_model(config: ModelConfig, mesh) -> Transformer:
     """Shapes with concrete shardings: eval_shape alone gives an abstract mesh, which Orbax rejects."""
     if mesh is None:
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -126,13 +128,14 @@ def _parts(state: TrainState) -> dict[str, dict[str, jax.Array]]:
 def _names(state: TrainState) -> list[tuple[str, str]]:
     """(part, name) of each leaf: the model by itself, so that it can be read alone."""
     names = []
-    for name, _ in _named(state):
+    for name, _ in named_leaves(state):
         in_model = name.startswith("model.")
         names.append(("model", name.removeprefix("model.")) if in_model else ("optimizer", name))
     return names
 
 
-def _named(tree) -> list[tuple[str, jax.Array]]:
+def named_leaves(tree) -> list[tuple[str, jax.Array]]:
+    """The arrays of a tree under the names that a checkpoint has for them, such as "blocks.q_proj"."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     name = lambda path: jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")  # noqa: E731
     return [(name(path), leaf) for path, leaf in leaves]

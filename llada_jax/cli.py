@@ -1,4 +1,4 @@
-"""How every command line of the project starts and how it fails: one clear line and exit code 2 for a user's mistake."""
+"""How every command line of the project starts, and how it fails: one clear line and exit code 2."""
 
 import errno
 import sys

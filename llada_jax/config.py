@@ -1,4 +1,4 @@
-"""What a model is and what a run is: `ModelConfig` with the published shapes, and the run config that every stage reads."""
+"""What a model is and what a run is: `ModelConfig` with the published shapes, and the run config of every stage."""
 
 import dataclasses
 import json
@@ -43,6 +43,9 @@ class ModelConfig:
     # How it is computed, not what it is:
     dtype: str = "bfloat16"  # of activations and matrix products; parameters are float32
     remat: str = "full"  # what the backward pass recomputes: "none", "full" or "dots"
+    # Where it comes from; see interop/:
+    family: str = "llada"  # under whose names it is published: "llada" or "illada"
+    published: str = ""  # the config.json that it was loaded with, word for word, so that saving gives it back
 
     @property
     def head_dim(self) -> int:
@@ -57,13 +60,23 @@ class ModelConfig:
             require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, must be positive")
         require(self.d_model % self.n_heads == 0, f"d_model {self.d_model} is not a multiple of n_heads {self.n_heads}")
         require(self.head_dim % 2 == 0, f"head size {self.head_dim} is odd; rotary embeddings need it even")
-        require(self.n_heads % self.n_kv_heads == 0, f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
-        require(self.vocab_size <= self.embedding_size, f"vocab_size {self.vocab_size} exceeds embedding_size {self.embedding_size}")
+        require(
+            self.n_heads % self.n_kv_heads == 0,
+            f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}",
+        )
+        require(
+            self.vocab_size <= self.embedding_size,
+            f"vocab_size {self.vocab_size} exceeds embedding_size {self.embedding_size}",
+        )
         for name in ("mask_token_id", "bos_token_id", "eos_token_id", "pad_token_id", "eot_token_id"):
-            require(0 <= getattr(self, name) < self.embedding_size, f"{name} {getattr(self, name)} is outside the {self.embedding_size} rows of the embedding")
+            require(
+                0 <= getattr(self, name) < self.embedding_size,
+                f"{name} {getattr(self, name)} is outside the {self.embedding_size} rows of the embedding",
+            )
         require(self.dtype in ("bfloat16", "float32"), f"dtype {self.dtype!r} is not one of bfloat16, float32")
         require(self.remat in ("none", "full", "dots"), f"remat {self.remat!r} is not one of none, full, dots")
         require(self.init in ("mitchell", "normal"), f"init {self.init!r} is not one of mitchell, normal")
+        require(self.family in ("llada", "illada"), f"family {self.family!r} is not one of llada, illada")
 
 
 # Published shapes: Table 5 of arXiv 2502.09992 (LLaDA and its controls) and arXiv 2606.25331 (iLLaDA).
@@ -76,7 +89,7 @@ PRESETS: dict[str, ModelConfig] = {
     "arm_7b": ModelConfig(n_layers=28, n_kv_heads=8, mlp_hidden_size=13440, causal=True),
     "illada_8b": ModelConfig(
         n_kv_heads=8, mlp_hidden_size=14336, vocab_size=155136, embedding_size=155136,
-        max_sequence_length=8192, weight_tying=True, init="normal",
+        max_sequence_length=8192, weight_tying=True, init="normal", family="illada",
         mask_token_id=5, bos_token_id=1, eos_token_id=2, pad_token_id=2, eot_token_id=4,
     ),
     # For one machine. The ids are those that data/tokenizer.py gives the vocabularies it trains.

@@ -58,9 +58,7 @@ def sft(batch: Batch, key, model: ModelConfig, objective) -> NoisyBatch:
 def autoregressive(batch: Batch, key, model: ModelConfig, objective) -> NoisyBatch:
     """The control: mean CE of the next token, wherever that is maskable and of the same document."""
     del key
-    next_BL, next_maskable_BL, next_segment_BL = (
-        _next(x) for x in (batch.tokens, batch.maskable, batch.segment_ids)
-    )
+    next_BL, next_maskable_BL, next_segment_BL = (_next(x) for x in (batch.tokens, batch.maskable, batch.segment_ids))
     last_BL = jnp.arange(batch.tokens.shape[1]) == batch.tokens.shape[1] - 1
     asked_BL = next_maskable_BL & (next_segment_BL == batch.segment_ids) & ~last_BL
     weights_BL = asked_BL / jnp.maximum(jnp.sum(asked_BL), 1)

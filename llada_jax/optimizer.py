@@ -60,9 +60,7 @@ def _until(phase, total_steps: int, tokens_per_step: int) -> int:
         raise InputError(f"config.optimizer.schedule: {kind!r} is not one of linear, constant, cosine")
     match = re.fullmatch(r"\s*([\d.]+)\s*(?:(%)|(steps)|([TBMK]?)\s*tokens)\s*", str(until))
     if not match:
-        raise InputError(
-            f"config.optimizer.schedule: can't read {until!r}; write '2000 steps', '1.2T tokens' or '90%'"
-        )
+        raise InputError(f"config.optimizer.schedule: can't read {until!r}; write '2000 steps', '1.2T tokens' or '90%'")
     number, percent, steps, unit = match.groups()
     if percent:
         return round(float(number) / 100 * total_steps)

@@ -56,9 +56,10 @@ def train(config: ConfigDict, workdir: str | Path, *, title: str = "train") -> d
             optax_optimizer, objective, config.objective, microbatches=config.train.microbatches
         )
         eval_fn = train_step.make_eval_step(objective, config.objective)
+        schedule = optimizer.make_schedule(config.optimizer.schedule, **phases)
         reporter = Reporter(
             workdir, model, rows=rows_per_step, length=config.data.row_length,
-            tokens_per_byte=_tokens_per_byte(rows), schedule=optimizer.make_schedule(config.optimizer.schedule, **phases),
+            tokens_per_byte=_tokens_per_byte(rows), schedule=schedule,
             total_steps=total, first_step=first, log_every=config.train.log_every, title=title,
         )  # fmt: skip
         reporter.say(_opening(model, mesh, workdir, first, total, title))
@@ -75,7 +76,9 @@ def train(config: ConfigDict, workdir: str | Path, *, title: str = "train") -> d
                 if _due(step, config.train.eval_every, total) and validation is not None:
                     reporter.step(*pending)
                     pending = None
-                    last = reporter.evaluation(step, _evaluate(eval_fn, state.model, config, validation, tokenizer, mesh))
+                    last = reporter.evaluation(
+                        step, _evaluate(eval_fn, state.model, config, validation, tokenizer, mesh)
+                    )
                     reporter.restart_clock()
                 if _due(step, config.train.sample_every, total) and config.train.sample_prompt:
                     text = chat.complete(state.model, tokenizer, config.train.sample_prompt)
@@ -255,16 +258,15 @@ def _tokens_per_byte(order: pipeline.Order) -> float:
     return sum(m["tokens"] for m in manifests) / max(sum(m["bytes"] for m in manifests), 1)
 
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, logs and the resolved config go.")
-
-
 def main(_argv: list[str]) -> None:
-    if _CONFIG.value is None or not _WORKDIR.value:
+    config, workdir = flags.FLAGS.config, flags.FLAGS.workdir
+    if config is None or not workdir:
         raise InputError("--config=configs/NAME.py and --workdir=DIR are needed")
     logging.set_verbosity(logging.WARNING)  # Orbax is talkative
-    train(_CONFIG.value, _WORKDIR.value)
+    train(config, workdir)
 
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # flags are defined here, so that other programs may import train()
+    config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
+    flags.DEFINE_string("workdir", None, "Where checkpoints, logs and the resolved config go.")
     cli.run(main)

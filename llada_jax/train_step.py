@@ -52,7 +52,10 @@ def make_train_step(optimizer: optax.GradientTransformation, objective, objectiv
 
             parts = jax.tree.map(functools.partial(_microbatches, count=microbatches), noisy)
             scalars, _ = jax.eval_shape(value_and_grad, state.model, jax.tree.map(lambda x: x[0], parts))
-            zeros = (jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), scalars), jax.tree.map(jnp.zeros_like, state.model))
+            zeros = (
+                jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), scalars),
+                jax.tree.map(jnp.zeros_like, state.model),
+            )
             ((loss, sums), grads), _ = jax.lax.scan(accumulate, zeros, parts)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.model)
         model = optax.apply_updates(state.model, updates)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from llada_jax.config import InputError
+from llada_jax.data import pipeline
 from llada_jax.data.pipeline import batches, open_dataset, ordered
 from llada_jax.data.prepare import prepare_dataset
 from llada_jax.data.tokenizer import load_tokenizer
@@ -50,8 +51,7 @@ def equal(ones, others):
 def joined(parts):
     """Batches of several processes, put together in the order of the processes."""
     return [
-        {name: np.concatenate([batch[name] for batch in step]) for name in step[0]}
-        for step in zip(*parts, strict=True)
+        {name: np.concatenate([batch[name] for batch in step]) for name in step[0]} for step in zip(*parts, strict=True)
     ]
 
 
@@ -67,10 +67,7 @@ SETTINGS = [
 @pytest.mark.parametrize("processes", [2, 4])
 def test_batches_do_not_depend_on_the_number_of_processes(paths, kind, names, options, processes):
     order = ordered([open_dataset(paths / name) for name in names], seed=3)
-    parts = [
-        take(order, kind=kind, process_index=i, process_count=processes, **options)
-        for i in range(processes)
-    ]
+    parts = [take(order, kind=kind, process_index=i, process_count=processes, **options) for i in range(processes)]
     equal(take(order, kind=kind, **options), joined(parts))
 
 
@@ -94,7 +91,9 @@ def test_row_j_of_step_s_is_the_ordered_row(paths, batch_size):
 
 
 @pytest.mark.parametrize("epoch", [0, 1, 5])
-def test_every_row_once_per_epoch(paths, epoch):
+@pytest.mark.parametrize("table_rows", [2**16, 0])  # small sources by table, large ones by Grain
+def test_every_row_once_per_epoch(paths, monkeypatch, epoch, table_rows):
+    monkeypatch.setattr(pipeline, "_TABLE_ROWS", table_rows)
     source = open_dataset(paths / "text")
     order = ordered([source], seed=3)
     size = len(source)
@@ -104,7 +103,9 @@ def test_every_row_once_per_epoch(paths, epoch):
     assert places != following
 
 
-def test_seeds_give_orders_that_have_nothing_in_common(paths):
+@pytest.mark.parametrize("table_rows", [2**16, 0])
+def test_seeds_give_orders_that_have_nothing_in_common(paths, monkeypatch, table_rows):
+    monkeypatch.setattr(pipeline, "_TABLE_ROWS", table_rows)
     source = open_dataset(paths / "text")
 
     def epoch_of(seed, epoch):
@@ -144,15 +145,11 @@ def test_answers_are_padded_with_eos_to_the_longest_dialogue(paths, names):
     for step, batch in enumerate(take(order, kind="chat")):
         places = [order.place(8 * step + j) for j in range(8)]
         read = [order[8 * step + j] for j in range(8)]
-        longest = max(
-            row["length"] for (source, _), row in zip(places, read, strict=True) if source == 0
-        )
+        longest = max(row["length"] for (source, _), row in zip(places, read, strict=True) if source == 0)
         for j, ((source, _), row) in enumerate(zip(places, read, strict=True)):
             prompt, length = row["prompt_length"], row["length"]
             end = longest if source == 0 else length
-            assert batch["tokens"][j].tolist() == row["tokens"][:length].tolist() + [EOS] * (
-                LENGTH - length
-            )
+            assert batch["tokens"][j].tolist() == row["tokens"][:length].tolist() + [EOS] * (LENGTH - length)
             assert batch["segment_ids"][j].tolist() == [1] * end + [0] * (LENGTH - end)
             assert batch["maskable"][j].tolist() == (
                 [False] * prompt + [True] * (end - prompt) + [False] * (LENGTH - end)

@@ -102,9 +102,7 @@ def test_validation_takes_its_share_and_nothing_is_lost(tmp_path):
     assert not train & validation and train | validation == set(texts)
     assert len(validation) == pytest.approx(40, abs=20)
     assert manifest["documents"] == len(train)
-    run(
-        tmp_path / "longer", texts=[*texts, "one more"], packing="document", validation_fraction=0.1
-    )
+    run(tmp_path / "longer", texts=[*texts, "one more"], packing="document", validation_fraction=0.1)
     assert decoded(tmp_path / "longer" / "validation") - {"one more"} == validation
 
 
@@ -151,9 +149,7 @@ def test_a_full_disk_names_the_output(tmp_path):
         atomic_directory(tmp_path / "d") as path,
     ):
         (path / "half").touch()
-        raise RuntimeError(
-            "write() failed: No space left on device; writing rows"
-        )  # as ArrayRecord
+        raise RuntimeError("write() failed: No space left on device; writing rows")  # as ArrayRecord
     assert list(tmp_path.iterdir()) == []
 
 
@@ -180,9 +176,7 @@ def test_mistakes_are_named(tmp_path, options, words):
 
 def start_tool(tmp_path, count):
     """The command line on `count` MB of text, in 2 processes."""
-    (tmp_path / "x.jsonl").write_text(
-        (json.dumps({"text": "春风 fox " * 90}) + "\n") * 1000 * count
-    )
+    (tmp_path / "x.jsonl").write_text((json.dumps({"text": "春风 fox " * 90}) + "\n") * 1000 * count)
     flags = {"files": "x.jsonl", "output": "d", "row_length": 64, "workers": 2}
     flags["tokenizer"] = TOKENIZER.path
     command = [sys.executable, ROOT / "tools" / "prepare_data.py"]

@@ -1,4 +1,4 @@
-"""Packing keeps every token once and in order; cuts and splits depend on seed and position alone."""
+"""Packing keeps every token once and in order; cuts depend on seed and position alone."""
 
 from pathlib import Path
 

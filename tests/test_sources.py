@@ -15,9 +15,7 @@ USER, REPLY = {"role": "user", "content": "q"}, {"role": "assistant", "content":
 
 
 def write(path, *lines):
-    path.write_bytes(
-        b"\n".join(line if isinstance(line, bytes) else line.encode() for line in lines)
-    )
+    path.write_bytes(b"\n".join(line if isinstance(line, bytes) else line.encode() for line in lines))
     return str(path)
 
 
@@ -43,9 +41,7 @@ def test_text_files_are_cut_into_documents(tmp_path, documents, expected, packed
 
 def test_jsonl_and_parquet_give_the_same_documents(tmp_path):
     texts = ["a\nb", "春风 😀", "x"]
-    jsonl = write(
-        tmp_path / "x.jsonl", *(json.dumps({"text": text, "id": 1}) for text in texts), ""
-    )
+    jsonl = write(tmp_path / "x.jsonl", *(json.dumps({"text": text, "id": 1}) for text in texts), "")
     table = pyarrow.table({"id": [1, 2, 3], "text": texts})
     pyarrow.parquet.write_table(table, tmp_path / "x.parquet", row_group_size=2)
     assert list(read_documents(jsonl)) == texts
@@ -53,9 +49,7 @@ def test_jsonl_and_parquet_give_the_same_documents(tmp_path):
 
 
 def test_blank_documents_are_left_out(tmp_path):
-    assert list(read_documents(write(tmp_path / "x.jsonl", '{"text": " "}', '{"text": "a"}'))) == [
-        "a"
-    ]
+    assert list(read_documents(write(tmp_path / "x.jsonl", '{"text": " "}', '{"text": "a"}'))) == ["a"]
 
 
 @pytest.mark.parametrize(
@@ -99,9 +93,7 @@ def test_one_giant_document_is_refused_with_the_remedy(tmp_path, monkeypatch):
 
 def test_dialogues_come_with_their_place(tmp_path):
     system = {"role": "system", "content": "s", "extra": 1}
-    path = write(
-        tmp_path / "x.jsonl", dialogue(system, USER, REPLY, USER), "", dialogue(USER, REPLY)
-    )
+    path = write(tmp_path / "x.jsonl", dialogue(system, USER, REPLY, USER), "", dialogue(USER, REPLY))
     (first, messages), (second, _) = read_dialogues(path)
     assert (first, second) == (f"{path}:1", f"{path}:3")
     assert messages == [{"role": "system", "content": "s"}, USER, REPLY, USER]
@@ -148,9 +140,7 @@ def test_patterns_that_lead_nowhere(tmp_path, monkeypatch, pattern, words):
 
 
 def test_couplets_are_read_from_their_table(tmp_path, monkeypatch):
-    table = write(
-        tmp_path / "c.tsv", "first\tsecond\tsource", '床前"明\t疑是\t静夜思', "甲\t乙\t丙", ""
-    )
+    table = write(tmp_path / "c.tsv", "first\tsecond\tsource", '床前"明\t疑是\t静夜思', "甲\t乙\t丙", "")
     monkeypatch.setattr(sources, "COUPLETS", tmp_path / "c.tsv")
     assert table and sources.couplets() == [('床前"明', "疑是", "静夜思"), ("甲", "乙", "丙")]
     assert list(read_documents("couplets")) == ['床前"明，疑是。', "甲，乙。"]

@@ -35,9 +35,7 @@ def train(path, model_type="bpe", vocab_size=400):
 
 
 @pytest.mark.parametrize("model_type", ["bpe", "unigram", "char"])
-@pytest.mark.parametrize(
-    "vocab_size", [270, 5000]
-)  # fewer than the characters; more than the text has
+@pytest.mark.parametrize("vocab_size", [270, 5000])  # fewer than the characters; more than the text has
 def test_any_text_comes_back(tmp_path, model_type, vocab_size):
     tokenizer = train(tmp_path, model_type, vocab_size)
     assert tokenizer.vocab_size <= vocab_size

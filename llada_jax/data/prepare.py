@@ -162,9 +162,7 @@ def _describe_file(path: str) -> dict[str, Any]:
     return {"file": path, "bytes": place.stat().st_size, "sha256": digest}
 
 
-def _fingerprint(
-    plan: Plan, tokenizer: Tokenizer, described: list[dict[str, Any]] | None
-) -> str | None:
+def _fingerprint(plan: Plan, tokenizer: Tokenizer, described: list[dict[str, Any]] | None) -> str | None:
     if described is None:
         return None
     # Directories do not count: the same file may be reached by another path.
@@ -193,9 +191,7 @@ def _existing(output: Path, fingerprint: str | None) -> dict[str, Any] | None:
 
 def _progress_bar(described: list[dict[str, Any]] | None, progress: bool) -> tqdm.tqdm:
     sizes = [source.get("bytes", 0) for source in described or []]
-    packed = [
-        3 if source["file"].endswith((".gz", ".parquet")) else 1 for source in described or []
-    ]
+    packed = [3 if source["file"].endswith((".gz", ".parquet")) else 1 for source in described or []]
     return tqdm.tqdm(
         # Bytes of text to come, roughly: it serves the estimate of the time left.
         total=sum(size * factor for size, factor in zip(sizes, packed, strict=True)) or None,
@@ -240,9 +236,7 @@ def _tokenise_text(plan: Plan, tokenizer: Tokenizer, where: str, text: str) -> _
     return _Tokenised([(ids_N, 0)], len(text.encode()))
 
 
-def _tokenise_dialogue(
-    plan: Plan, tokenizer: Tokenizer, where: str, messages: list[dict[str, str]]
-) -> _Tokenised:
+def _tokenise_dialogue(plan: Plan, tokenizer: Tokenizer, where: str, messages: list[dict[str, str]]) -> _Tokenised:
     examples = rows.dialogue_rows(messages, tokenizer)
     fitting = [example for example in examples if len(example[0]) <= plan.row_length]
     if len(fitting) < len(examples) and plan.overlong == "error":
@@ -260,9 +254,7 @@ def _tokenise_dialogue(
     return _Tokenised(fitting, text_bytes, len(examples) - len(fitting))
 
 
-def _map_in_order(
-    function: Callable[[Item], Result], items: Iterator[Item], workers: int
-) -> Generator[Result]:
+def _map_in_order(function: Callable[[Item], Result], items: Iterator[Item], workers: int) -> Generator[Result]:
     """Like map, in `workers` processes, with a bounded number of items under way."""
     head = list(itertools.islice(items, 8))
     items = itertools.chain(head, items)

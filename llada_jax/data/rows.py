@@ -72,9 +72,7 @@ def pack_documents(
     yield from packer.flush()
 
 
-def dialogue_rows(
-    messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer
-) -> list[tuple[np.ndarray, int]]:
+def dialogue_rows(messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer) -> list[tuple[np.ndarray, int]]:
     """Pairs (tokens_N, prompt_length), one for each reply: the dialogue before it, then the reply.
 
     The rows are neither padded nor cut: what to do with too long ones is the caller's decision.
@@ -111,16 +109,12 @@ def random_length(
     """
     length = tokens_BL.shape[1]
     chosen_B = uniform(seed, 0, positions_B) < fraction
-    lengths_B = np.where(
-        chosen_B, 1 + (uniform(seed, 1, positions_B) * length).astype(np.int64), length
-    )
+    lengths_B = np.where(chosen_B, 1 + (uniform(seed, 1, positions_B) * length).astype(np.int64), length)
     beyond_BL = np.arange(length) >= lengths_B[:, None]
     return np.where(beyond_BL, pad_id, tokens_BL), np.where(beyond_BL, 0, segment_ids_BL)
 
 
-def split_in_two(
-    segment_ids_BL: np.ndarray, positions_B: np.ndarray, *, fraction: float, seed: int
-) -> np.ndarray:
+def split_in_two(segment_ids_BL: np.ndarray, positions_B: np.ndarray, *, fraction: float, seed: int) -> np.ndarray:
     """Segment ids in which a fraction of the rows is split at a random point (iLLaDA: 30%).
 
     No segment spans the split, so attention within segments does not cross it. Which rows and where
@@ -131,9 +125,7 @@ def split_in_two(
     cuts_B = 1 + (uniform(seed, 3, positions_B) * (lengths_B - 1)).astype(np.int64)
     after_BL = np.arange(segment_ids_BL.shape[1]) >= cuts_B[:, None]
     renumbered_BL = segment_ids_BL + segment_ids_BL.max(1, keepdims=True)
-    return np.where(
-        chosen_B[:, None] & after_BL & (segment_ids_BL > 0), renumbered_BL, segment_ids_BL
-    )
+    return np.where(chosen_B[:, None] & after_BL & (segment_ids_BL > 0), renumbered_BL, segment_ids_BL)
 
 
 def uniform(seed: int, stream: int, positions: np.ndarray) -> np.ndarray:

@@ -39,9 +39,7 @@ class ShardWriter:
         self._lengths = array("i")
         self._shards: list[dict[str, Any]] = []
 
-    def write(
-        self, tokens_L: np.ndarray, segment_ids_L: np.ndarray, prompt_length: int, length: int
-    ):
+    def write(self, tokens_L: np.ndarray, segment_ids_L: np.ndarray, prompt_length: int, length: int):
         """Appends a row; `length` counts its positions that are not padding."""
         writer = self._writer or ArrayRecordWriter(str(self._path()), _WRITER_OPTIONS)
         self._writer = writer
@@ -68,9 +66,7 @@ class ShardWriter:
     def close(self):
         """Lets go of an unfinished shard, after a failure."""
         if self._writer is not None:
-            with contextlib.suppress(
-                RuntimeError
-            ):  # it may fail for the reason we are stopping for
+            with contextlib.suppress(RuntimeError):  # it may fail for the reason we are stopping for
                 self._writer.close()
             self._writer = None
 
@@ -90,9 +86,7 @@ class ShardWriter:
             raise RuntimeError(f"{path}: {written} of {rows} records arrived on disk")
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-        self._shards.append(
-            {"file": path.name, "rows": rows, "bytes": path.stat().st_size, "sha256": digest}
-        )
+        self._shards.append({"file": path.name, "rows": rows, "bytes": path.stat().st_size, "sha256": digest})
 
 
 def decode_record(record: bytes, row_length: int) -> dict[str, Any]:
@@ -121,9 +115,7 @@ def atomic_directory(output: Path) -> Iterator[Path]:
         directory = output.parent / f"{owner}{os.getpid()}"
         directory.mkdir()
     except OSError as error:
-        raise InputError(
-            f"{output}: cannot be written ({error.strerror}); choose another --output"
-        ) from error
+        raise InputError(f"{output}: cannot be written ({error.strerror}); choose another --output") from error
     try:
         with _sigterm_raises():
             yield directory
@@ -131,9 +123,7 @@ def atomic_directory(output: Path) -> Iterator[Path]:
     except (OSError, RuntimeError) as error:  # ArrayRecord raises RuntimeError
         full = os.strerror(errno.ENOSPC)
         if getattr(error, "errno", None) == errno.ENOSPC or full in str(error):
-            raise InputError(
-                f"{output}: {full.lower()}; free some or choose another --output"
-            ) from error
+            raise InputError(f"{output}: {full.lower()}; free some or choose another --output") from error
         raise
     finally:
         shutil.rmtree(directory, ignore_errors=True)

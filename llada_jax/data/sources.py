@@ -12,11 +12,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from llada_jax.config import InputError
+from llada_jax.data.tokenizer import ROLES
 
 EMBEDDED = ("couplets", "python_reference")  # names that stand where a file may
 COUPLETS = Path(__file__).with_name("couplets.tsv")
 DOCUMENTS = ("file", "paragraph", "line")  # what one document of a text file is
-ROLES = ("system", "user", "assistant")
 
 _TEXT = (".txt", ".text", ".md", ".rst", ".tex", ".py")
 _LARGEST_DOCUMENT = 2**26  # bytes; one document is held and tokenised by one process
@@ -37,15 +37,11 @@ def expand_files(patterns: str | Sequence[str]) -> list[str]:
         files = [match for match in matches if not Path(match).is_dir()]
         if not files:
             if matches:
-                raise InputError(
-                    f"{pattern}: is a directory; name files, as in '{pattern.rstrip('/')}/**/*.txt'"
-                )
+                raise InputError(f"{pattern}: is a directory; name files, as in '{pattern.rstrip('/')}/**/*.txt'")
             raise InputError(f"{pattern}: no such file; give files or globs like 'corpus/**/*.txt'")
         found.update(files)
     if not found:
-        raise InputError(
-            "no files given; name them by comma-separated globs, as in 'corpus/**/*.txt'"
-        )
+        raise InputError("no files given; name them by comma-separated globs, as in 'corpus/**/*.txt'")
     for path in found.difference(EMBEDDED):
         if Path(path).stat().st_size == 0:
             raise InputError(f"{path}: is empty; remove it or leave it out of the pattern")
@@ -63,9 +59,7 @@ def read_documents(path: str, documents: str = "file") -> Iterator[str]:
         raise InputError(f"documents is {documents!r}, must be one of {', '.join(DOCUMENTS)}")
     kind = _kind(path)
     if kind == "embedded":
-        texts = (
-            python_reference() if path == "python_reference" else map(_couplet_document, couplets())
-        )
+        texts = python_reference() if path == "python_reference" else map(_couplet_document, couplets())
     elif kind == "parquet":
         texts = _parquet_texts(path)
     elif kind == "jsonl":
@@ -96,23 +90,18 @@ def check_messages(messages: object, where: str) -> list[dict[str, str]]:
     for i, message in enumerate(messages, start=1):
         role = message.get("role") if isinstance(message, dict) else None
         if role not in ROLES:
-            raise InputError(
-                f"{where}: message {i} has role {role!r}, must be one of {', '.join(ROLES)}"
-            )
+            raise InputError(f"{where}: message {i} has role {role!r}, must be one of {', '.join(ROLES)}")
         if role not in expected:
             wanted = " or ".join(expected)
             raise InputError(
-                f"{where}: message {i} has role {role!r}, but {wanted} must come there; "
-                "user and assistant take turns"
+                f"{where}: message {i} has role {role!r}, but {wanted} must come there; user and assistant take turns"
             )
         if not isinstance(message.get("content"), str):
             raise InputError(f'{where}: message {i} ({role}) has no text in "content"')
         _check_unicode(message["content"], where)
         expected = ("assistant",) if role == "user" else ("user",)
     if not any(message["role"] == "assistant" for message in messages):
-        raise InputError(
-            f"{where}: no message has role 'assistant'; there is nothing to learn from it"
-        )
+        raise InputError(f"{where}: no message has role 'assistant'; there is nothing to learn from it")
     return [{"role": message["role"], "content": message["content"]} for message in messages]
 
 
@@ -137,15 +126,11 @@ def python_reference() -> Iterator[str]:
     library = Path(sysconfig.get_paths()["stdlib"])
     topics = library / "pydoc_data" / "topics.py"
     if not topics.exists():
-        raise InputError(
-            f"{topics}: this Python was installed without its documentation; give --files of text"
-        )
+        raise InputError(f"{topics}: this Python was installed without its documentation; give --files of text")
     for node in ast.walk(ast.parse(topics.read_bytes())):
         if isinstance(node, ast.Dict):
             yield from (ast.literal_eval(value) for value in node.values)
-    for path in sorted(
-        library.rglob("*.py"), key=lambda path: path.relative_to(library).as_posix()
-    ):
+    for path in sorted(library.rglob("*.py"), key=lambda path: path.relative_to(library).as_posix()):
         if not _NO_LIBRARY.intersection(path.relative_to(library).parts):
             yield from _docstrings(path)
 
@@ -186,9 +171,7 @@ def _kind(path: str) -> str:
         return "jsonl"
     if suffix == ".parquet":
         return "parquet"
-    raise InputError(
-        f"{path}: cannot read {suffix or 'a file without suffix'}; use .txt, .jsonl or .parquet"
-    )
+    raise InputError(f"{path}: cannot read {suffix or 'a file without suffix'}; use .txt, .jsonl or .parquet")
 
 
 def _lines(path: str) -> Iterator[str]:
@@ -231,13 +214,10 @@ def _numbered_lines(path: str) -> Iterator[tuple[str, str]]:
                 yield f"{path}:{number}", line.decode().rstrip("\r\n")
     except UnicodeDecodeError as error:
         raise InputError(
-            f"{path}:{number}: not UTF-8 ({error.reason} at byte {error.start + 1} of the line); "
-            "convert the file"
+            f"{path}:{number}: not UTF-8 ({error.reason} at byte {error.start + 1} of the line); convert the file"
         ) from error
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise InputError(
-            f"{path}:{number + 1}: broken gzip data ({error}); copy the file again"
-        ) from error
+        raise InputError(f"{path}:{number + 1}: broken gzip data ({error}); copy the file again") from error
 
 
 def _json_lines(path: str) -> Iterator[tuple[str, object]]:
@@ -247,20 +227,14 @@ def _json_lines(path: str) -> Iterator[tuple[str, object]]:
         try:
             value = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise InputError(
-                f"{where}: not JSON ({error}); every line must be one JSON object"
-            ) from error
+            raise InputError(f"{where}: not JSON ({error}); every line must be one JSON object") from error
         yield where, value
 
 
 def _text_field(value: object, where: str) -> str:
     text = value.get("text") if isinstance(value, dict) else None
     if not isinstance(text, str):
-        found = (
-            f"an object with keys {sorted(value)[:8]}"
-            if isinstance(value, dict)
-            else f"a {type(value).__name__}"
-        )
+        found = f"an object with keys {sorted(value)[:8]}" if isinstance(value, dict) else f"a {type(value).__name__}"
         raise InputError(f'{where}: needs {{"text": "…"}}, found {found}')
     return _check_unicode(text, where)
 
@@ -269,9 +243,7 @@ def _check_unicode(text: str, where: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise InputError(
-            f"{where}: half of a surrogate pair at character {error.start}; repair the escape"
-        ) from error
+        raise InputError(f"{where}: half of a surrogate pair at character {error.start}; repair the escape") from error
     return text
 
 
@@ -296,9 +268,7 @@ def _parquet_texts(path: str) -> Iterator[str]:
                     yield text
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise InputError(
-            f"{path}: row {number + 1}: not readable as Parquet ({reason}); copy it again"
-        ) from error
+        raise InputError(f"{path}: row {number + 1}: not readable as Parquet ({reason}); copy it again") from error
 
 
 def _couplet_document(couplet: tuple[str, str, str]) -> str:

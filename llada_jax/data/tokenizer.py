@@ -38,6 +38,8 @@ LLADA_CHAT_TEMPLATE = (
 
 Messages = Sequence[Mapping[str, str]]
 
+ROLES = ("system", "user", "assistant")
+
 _META = "▁"  # SentencePiece writes a space as U+2581, so that character itself needs care
 _TRAINING_BYTES = 2**28  # a uniform sample of lines of this size is enough for any vocabulary
 _LINE_CHARACTERS = 4000
@@ -97,9 +99,7 @@ class Tokenizer:
         return copies
 
 
-def load_tokenizer(
-    path: str | os.PathLike, *, mask_id: int | None = None, eot_id: int | None = None
-) -> Tokenizer:
+def load_tokenizer(path: str | os.PathLike, *, mask_id: int | None = None, eot_id: int | None = None) -> Tokenizer:
     """Reads a tokenizer from a `.model` or `tokenizer.json` file or the directory that holds one.
 
     `mask_id` and `eot_id` are for files that do not name these tokens (iLLaDA's mask is id 5).
@@ -112,13 +112,9 @@ def load_tokenizer(
         return Tokenizer(kind(file, given), file)
     except (InputError, FileNotFoundError):
         raise
-    except (
-        Exception
-    ) as error:  # both libraries raise bare Exception or RuntimeError for corrupt files
+    except Exception as error:  # both libraries raise bare Exception or RuntimeError for corrupt files
         reason = " ".join(str(error).split())[:200]
-        raise InputError(
-            f"{file}: not a readable tokenizer ({reason}); make or copy it again"
-        ) from error
+        raise InputError(f"{file}: not a readable tokenizer ({reason}); make or copy it again") from error
 
 
 @functools.cache
@@ -140,11 +136,9 @@ def train_tokenizer(
         raise InputError(f"model_type is {model_type!r}, must be one of {', '.join(_MODEL_TYPES)}")
     if path.suffix != ".model":
         raise InputError(f"{path}: the name of a SentencePiece tokenizer must end in .model")
-    fixed = 8 + 256  # special tokens and the line end; bytes
+    fixed = 8 + len(ROLES) + 256  # special tokens and the line end; roles; bytes
     if vocab_size <= fixed:
-        raise InputError(
-            f"vocab_size is {vocab_size}, must exceed {fixed}: special tokens and bytes take those"
-        )
+        raise InputError(f"vocab_size is {vocab_size}, must exceed {fixed}: special tokens and bytes take those")
     lines = _sample_lines(texts)
     if not lines:
         raise InputError(f"{path}: no text to train a tokenizer on; give files that hold text")
@@ -164,7 +158,8 @@ def train_tokenizer(
         bos_piece=BOS,
         eos_piece=EOS,
         control_symbols=[MASK, START_HEADER, END_HEADER, EOT],
-        user_defined_symbols=["\n"],  # lines are cut there, so it would never be learned
+        # Lines are cut at "\n", so it would never be learned; the roles stand in every chat row.
+        user_defined_symbols=["\n", *ROLES],
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
         add_dummy_prefix=False,
@@ -189,16 +184,12 @@ class _SentencePiece:
     def __init__(self, path: Path, given: Mapping[str, int | None]):
         self._sp = sentencepiece.SentencePieceProcessor(model_file=str(path))  # pyright: ignore
         self.vocab_size = self._sp.vocab_size()
-        self._special = {
-            i: self._sp.id_to_piece(i) for i in range(self.vocab_size) if self._sp.is_control(i)
-        }
+        self._special = {i: self._sp.id_to_piece(i) for i in range(self.vocab_size) if self._sp.is_control(i)}
         ids = {token: i for i, token in self._special.items()}
         for token in (BOS, EOS, MASK, START_HEADER, END_HEADER, EOT):
             known = given["mask_id"] if token == MASK else given["eot_id"] if token == EOT else None
             if token not in ids and known is None:
-                raise InputError(
-                    f"{path}: no control symbol {token}; train it with tools/train_tokenizer.py"
-                )
+                raise InputError(f"{path}: no control symbol {token}; train it with tools/train_tokenizer.py")
         self.bos_id, self.eos_id, self.pad_id = ids[BOS], ids[EOS], ids[EOS]
         self.mask_id = ids[MASK] if given["mask_id"] is None else given["mask_id"]
         self.eot_id = ids[EOT] if given["eot_id"] is None else given["eot_id"]
@@ -220,11 +211,7 @@ class _SentencePiece:
             if is_text:
                 parts.append(self._sp.decode(list(group)))
             else:  # the unknown id and ids beyond the vocabulary have no text
-                parts += [
-                    self._special.get(i, "\ufffd")
-                    for i in group
-                    if keep_special or i not in self._special
-                ]
+                parts += [self._special.get(i, "\ufffd") for i in group if keep_special or i not in self._special]
         return "".join(parts)
 
     def piece(self, id: int) -> str:
@@ -270,16 +257,12 @@ class _TokenizerJson:
             "eos_token": _token_text(settings.get("eos_token")) or EOS,
             "mask_token": _token_text(settings.get("mask_token")) or MASK,
         }
-        self._names["pad_token"] = (
-            _token_text(settings.get("pad_token")) or self._names["eos_token"]
-        )
+        self._names["pad_token"] = _token_text(settings.get("pad_token")) or self._names["eos_token"]
 
         def id_of(name: str) -> int:
             id = self._hf.token_to_id(self._names[name])
             if id is None:
-                raise InputError(
-                    f"{path}: no {name} {self._names[name]!r}; is it a LLaDA tokenizer?"
-                )
+                raise InputError(f"{path}: no {name} {self._names[name]!r}; is it a LLaDA tokenizer?")
             return id
 
         self.bos_id, self.eos_id, self.pad_id = (
@@ -291,9 +274,7 @@ class _TokenizerJson:
         eot_id = self._hf.token_to_id(EOT) if given["eot_id"] is None else given["eot_id"]
         self.eot_id = self.eos_id if eot_id is None else eot_id  # iLLaDA ends its turns with EOS
         self.chat_template = _chat_template(path.parent, settings) or LLADA_CHAT_TEMPLATE
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True
-        )
+        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
         environment.globals["raise_exception"] = _refuse_messages
         self._template = environment.from_string(self.chat_template)
 
@@ -318,9 +299,7 @@ class _TokenizerJson:
 
 def _find_tokenizer(path: Path) -> Path:
     if not path.exists():
-        raise InputError(
-            f"{path}: no such tokenizer; give a .model or tokenizer.json file or its directory"
-        )
+        raise InputError(f"{path}: no such tokenizer; give a .model or tokenizer.json file or its directory")
     if path.is_dir():
         for name in ("tokenizer.json", "tokenizer.model"):
             if (path / name).exists():
@@ -366,9 +345,7 @@ def _sample_lines(texts: Iterable[str]) -> list[str]:
     for text in texts:
         for line in text.split("\n"):
             for start in range(0, len(line), _LINE_CHARACTERS):
-                part = line[start : start + _LINE_CHARACTERS].replace(
-                    "\0", ""
-                )  # refused in training
+                part = line[start : start + _LINE_CHARACTERS].replace("\0", "")  # refused in training
                 if not part.strip():
                     continue
                 seen += 1

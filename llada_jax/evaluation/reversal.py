@@ -72,7 +72,8 @@ def write_backward(model, tokenizer: Tokenizer, couplets: Sequence[Couplet]) -> 
     """The control's first lines, by the protocol above: the right one if any continuation begins with it."""
     room = _longest(tokenizer, couplets)
     tries = [
-        continue_text(model, tokenizer, [f"{second}{mark}" for _, second in couplets], room) for mark in ("，", "。", "")
+        continue_text(model, tokenizer, [f"{second}{mark}" for _, second in couplets], room)
+        for mark in ("，", "。", "")
     ]
     best = []
     for (first, _), *texts in zip(couplets, *tries, strict=True):
@@ -91,12 +92,17 @@ def rank(
     for i, (first, second) in enumerate(couplets):
         others = rng.permutation([j for j in range(len(couplets)) if j != i])[: count - 1]
         for j in (i, *others):
-            texts.append(couplet_text(first, couplets[j][1]) if direction == "forward" else couplet_text(couplets[j][0], second))
+            texts.append(
+                couplet_text(first, couplets[j][1]) if direction == "forward" else couplet_text(couplets[j][0], second)
+            )
         truth.append(0)
     rows = [[tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id] for text in texts]
     tokens, real = _right_pad(rows, tokenizer.pad_id)
     scores = np.concatenate(
-        [np.asarray(_log_likelihood(model, tokens[i : i + 1024], real[i : i + 1024])) for i in range(0, len(rows), 1024)]
+        [
+            np.asarray(_log_likelihood(model, tokens[i : i + 1024], real[i : i + 1024]))
+            for i in range(0, len(rows), 1024)
+        ]
     )
     return float(np.mean(scores.reshape(len(couplets), count).argmax(1) == np.asarray(truth)))
 

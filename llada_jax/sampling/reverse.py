@@ -38,11 +38,27 @@ class Sampled:
 
 def generate(
     model, prompt, attention_mask=None, *, gen_length: int = 128, steps: int = 128, block_length: int = 128,
-    temperature: float = 0.0, cfg_scale: float = 0.0, remasking: str = "low_confidence", logits_eos_inf: bool = False,
-    confidence_eos_eot_inf: bool = False, mask_id: int | None = None, eos_id: int | None = None,
-    eot_id: int | None = None, key: jax.Array | None = None, return_trajectory: bool = False,
+    return_trajectory: bool = False, **options,
 ):  # fmt: skip
     """Token ids int32 [B, P + gen_length]; with `return_trajectory` also the canvas after every step [steps, B, S].
+
+    The arguments are those of `sample`.
+    """
+    lengths = dict(gen_length=gen_length, steps=steps, block_length=block_length)
+    sampled = sample(model, prompt, attention_mask, **lengths, **options)
+    if not return_trajectory:
+        return sampled.tokens
+    mask_id = options.get("mask_id")
+    return sampled.tokens, sampled.trajectory(steps, model.config.mask_token_id if mask_id is None else mask_id)
+
+
+def sample(
+    model, prompt, attention_mask=None, *, gen_length: int = 128, steps: int = 128, block_length: int = 128,
+    temperature: float = 0.0, cfg_scale: float = 0.0, remasking: str = "low_confidence", logits_eos_inf: bool = False,
+    confidence_eos_eot_inf: bool = False, mask_id: int | None = None, eos_id: int | None = None,
+    eot_id: int | None = None, key: jax.Array | None = None,
+) -> Sampled:  # fmt: skip
+    """Appends gen_length masks to the prompt and fills every mask, in blocks from left to right.
 
     prompt: int32 [B, P], left-padded where attention_mask (bool or int [B, P]) is 0; masks in it are infilled with the
     first block. remasking: "low_confidence" or "random". cfg_scale: classifier-free guidance, Eq. 16 of the paper.
@@ -60,9 +76,7 @@ def generate(
         P, block_length, steps, temperature, cfg_scale, remasking, logits_eos_inf, confidence_eos_eot_inf, *ids,
         infill=bool((prompt == ids[0]).any()),
     )  # fmt: skip
-    key = jax.random.key(0) if key is None else key
-    sampled = _reverse_rows(model, canvas, visible, key, options)
-    return (sampled.tokens, sampled.trajectory(steps, ids[0])) if return_trajectory else sampled.tokens
+    return _reverse_rows(model, canvas, visible, jax.random.key(0) if key is None else key, options)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +160,9 @@ def reverse(model, canvas_BS: jax.Array, visible_BS: jax.Array | None, key: jax.
     return Sampled(*jax.lax.fori_loop(0, blocks, block, state))
 
 
-def infill(model, canvas, attention_mask=None, *, steps: int | None = None, temperature: float = 0.0, key=None) -> Sampled:
+def infill(
+    model, canvas, attention_mask=None, *, steps: int | None = None, temperature: float = 0.0, key=None
+) -> Sampled:
     """Fills the masks of `canvas` (int32 [B, S]) as one block; by default one token a step in the row with most masks.
 
     attention_mask: int [B, S], 0 for padding.
@@ -170,7 +186,9 @@ def _reverse_rows(model, canvas: np.ndarray, visible: np.ndarray | None, key, op
     if mesh is None:
         return reverse(model, jnp.asarray(canvas), None if visible is None else jnp.asarray(visible), key, options)
     if canvas.shape[1] % mesh.shape["context"]:
-        raise InputError(f"{canvas.shape[1]} tokens do not split over {mesh.shape['context']} devices of config.mesh.context")
+        raise InputError(
+            f"{canvas.shape[1]} tokens do not split over {mesh.shape['context']} devices of config.mesh.context"
+        )
     rows = len(canvas)
     filled = np.resize(np.arange(rows), -(-rows // _rows_divisor(mesh)) * _rows_divisor(mesh))
     place = lambda x: None if x is None else jax.device_put(x[filled], P(BATCH, None))  # noqa: E731

@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Formatting, lint, types and tests: bash launch/test.sh [arguments of pytest]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. launch/environment.sh
+prepare_environment "$PWD/.venv-test" test
+export JAX_PLATFORMS=cpu
+"$PYTHON" -m ruff format --check .
+"$PYTHON" -m ruff check .
+"$PYTHON" -m pyright --pythonpath "$PYTHON"
+"$PYTHON" -m pytest -n 2 "$@"
