@@ -1,9 +1,10 @@
 """Published checkpoints as models and back, one tensor at a time."""
 
+import contextlib
 import dataclasses
 import itertools
 import json
-import os
+import math
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -13,11 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
+from orbax.checkpoint import v1 as ocp
 
 from llada_jax import checkpoint
 from llada_jax.config import InputError, ModelConfig
+from llada_jax.data.shards import atomic_directory
 from llada_jax.interop import hf_config, names
 from llada_jax.interop import safetensors_io as files
 from llada_jax.model import Transformer
@@ -28,8 +29,7 @@ COMPANIONS = (
     "chat_template*", "generation_config.json", "modeling_*.py", "configuration_*.py",
 )  # fmt: skip
 
-_DTYPE_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-_BYTES = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_BYTES = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 Progress = Callable[[int], object]  # is told the bytes of each tensor that is done, such as tqdm.update
 
@@ -37,10 +37,11 @@ Progress = Callable[[int], object]  # is told the bytes of each tensor that is d
 def load(path: str | Path, dtype=None, mesh=None, *, progress: Progress = lambda _: None) -> Transformer:
     """The model in a directory: a published checkpoint (config.json, .safetensors) or a workdir of a run.
 
-    dtype: "float32" or "bfloat16", of parameters and of compute; None: parameters as stored, compute as the stored
-    embedding. mesh: an explicit mesh over which the parameters are born sharded, each process reading its own part.
-    Raises InputError for a file that is broken, a tensor that is missing or too many, a shape that contradicts
-    config.json, and every option of config.json that this model cannot compute.
+    dtype: "float32" or "bfloat16", of parameters and of compute; None: parameters as stored, compute in bfloat16 if
+    all of them are, else in float32. mesh: an explicit mesh over which the parameters are born sharded, each process
+    reading its own part. progress: is told bytes of the files as they are read. Raises InputError for a file that is
+    broken, a tensor that is missing or too many, a shape that contradicts config.json, and every option of config.json
+    that this model cannot compute.
     """
     directory = Path(path)
     if dtype is not None:
@@ -50,14 +51,14 @@ def load(path: str | Path, dtype=None, mesh=None, *, progress: Progress = lambda
         return _load_workdir(directory, dtype, mesh)
     stored = files.read_directory(directory)
     config = hf_config.read_config(
-        text, str(directory / "config.json"), dtype or _stored_dtype(stored, raw), _token_ids(directory)
+        text, str(directory / "config.json"), dtype or _compute_dtype(stored, directory), _token_ids(directory)
     )
-    parts = _check(config, stored, directory)
+    parts = _assign(stored, config, directory)
     like = checkpoint.abstract_model(config, mesh)
     leaves = []
     for name, leaf in checkpoint.named_leaves(like):
-        leaf_dtype = files.DTYPES[_one_dtype(name, parts[name], dtype)] if dtype is None else jnp.dtype(dtype)
-        leaves.append(_parameter(leaf, leaf_dtype, name, parts[name], progress))
+        kind = dtype or jnp.result_type(*(files.DTYPES[part.dtype] for part in parts[name]))
+        leaves.append(_parameter(leaf, np.dtype(kind), parts[name], name.startswith("blocks."), progress))
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 
@@ -76,7 +77,8 @@ def save_hf(
     leaves = dict(checkpoint.named_leaves(model))
     text = hf_config.write_config(config, _float_name(leaves["wte"].dtype))
     tensors = {t.name: t for t in names.tensors(config)}
-    layout = [(t.name, _file_dtype(leaves[t.parameter].dtype), t.shape) for t in tensors.values()]
+    file_dtype = {dtype: name for name, dtype in files.DTYPES.items()}
+    layout = [(t.name, file_dtype[leaves[t.parameter].dtype], t.shape) for t in tensors.values()]
     shards = _shards(layout, _size(max_shard_size))
     companions = [] if source_dir is None else _companions(Path(source_dir))
 
@@ -100,3 +102,168 @@ def save_hf(
             (temporary / "config.json").write_bytes(text.encode())
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("save_hf")
+
+
+def save_workdir(model: Transformer, path: str | Path, *, source_dir: str | Path | None = None) -> None:
+    """Writes a workdir whose only checkpoint, step 0, holds this model: config.json, checkpoints/0/model, tokenizer/.
+
+    A run starts from it with config.train.init_from. source_dir, and what is raised, as for `save_hf`.
+    """
+    companions = [] if source_dir is None else _companions(Path(source_dir))
+    with new_directory(Path(path)) as temporary:
+        with ocp.training.Checkpointer(temporary.resolve() / "checkpoints") as orbax:
+            orbax.save_checkpointables(0, {"model": dict(checkpoint.named_leaves(model))})
+        for companion in companions:
+            (temporary / "tokenizer").mkdir(exist_ok=True)
+            shutil.copyfile(companion, temporary / "tokenizer" / companion.name)
+        config = {"model": dataclasses.asdict(model.config)}
+        (temporary / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True, ensure_ascii=False))
+
+
+@contextlib.contextmanager
+def new_directory(path: Path) -> Iterator[Path]:
+    """A temporary directory that becomes `path` at the end and vanishes on any failure; `path` may only be empty."""
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise InputError(f"{path}: exists and is not an empty directory; choose another place")
+    with atomic_directory(path.absolute()) as temporary:
+        yield temporary
+
+
+def _load_workdir(directory: Path, dtype: str | None, mesh) -> Transformer:
+    """The newest checkpoint of a run: float32 parameters and the run's compute dtype, or both as given."""
+    model = checkpoint.load_model(directory, mesh)
+    if dtype is None:
+        return model
+    like = checkpoint.abstract_model(dataclasses.replace(model.config, dtype=dtype), mesh)
+    return jax.tree.unflatten(jax.tree.structure(like), [x.astype(dtype) for x in jax.tree.leaves(model)])
+
+
+def _compute_dtype(stored: dict[str, files.Stored], directory: Path) -> str:
+    kinds = {tensor.dtype for tensor in stored.values()}
+    if "F16" in kinds:
+        raise InputError(f"{directory}: its tensors are float16, which is not computed in; load with dtype float32")
+    return "bfloat16" if kinds == {"BF16"} else "float32"
+
+
+def _assign(stored: dict[str, files.Stored], c: ModelConfig, directory: Path) -> dict[str, list[files.Stored]]:
+    """The tensors of each parameter in the order of the layers; every one is used once, or it is an InputError."""
+    parts: dict[str, list[files.Stored]] = {}
+    missing: list[str] = []
+    for tensor in names.tensors(c):
+        found = stored.get(tensor.name)
+        if found is None:
+            missing.append(tensor.name)
+            if len(missing) > 5:  # config.json may promise any number of layers
+                break
+        elif found.shape != tensor.shape:
+            raise InputError(
+                f"{found.path}: tensor {tensor.name} has shape {found.shape}, config.json makes it {tensor.shape}"
+            )
+        else:
+            parts.setdefault(tensor.parameter, []).append(found)
+    if missing:
+        raise InputError(f"{directory}: lacks {files.some(missing)}, which config.json calls for")
+    head = names.head_name(c)
+    if c.weight_tying and head in stored:
+        _require_tied(stored[head], parts["wte"][0], head)
+    used = {tensor.name for tensor in names.tensors(c)} | ({head} if c.weight_tying else set())
+    if extra := sorted(set(stored) - used):
+        raise InputError(f"{directory}: holds {files.some(extra)}, which config.json has no place for")
+    return parts
+
+
+def _require_tied(head: files.Stored, embedding: files.Stored, name: str) -> None:
+    """A tied head may be stored a second time, but then with the same numbers; compared by the row."""
+    same = head.shape == embedding.shape and head.dtype == embedding.dtype
+    if not same or not all(a.tobytes() == b.tobytes() for a, b in zip(head.map(), embedding.map(), strict=True)):
+        raise InputError(f"{head.path}: {name} differs from the embedding, but config.json ties them")
+
+
+def _parameter(leaf, dtype, parts: Sequence[files.Stored], stacked: bool, progress: Progress) -> jax.Array:
+    """One parameter sharded like `leaf`; of each tensor only the slices that this process holds are read."""
+    cache: dict[tuple, np.ndarray] = {}  # devices that hold copies share what was read
+
+    def read(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None
+        ranges = tuple(s.indices(n)[:2] for s, n in zip(index, leaf.shape, strict=True))
+        if ranges not in cache:
+            out = cache[ranges] = np.empty([stop - start for start, stop in ranges], dtype)
+            layers, rest = (parts[index[0]], index[1:]) if stacked else (parts, index)
+            for target, part in zip(out if stacked else [out], layers, strict=True):
+                source = part.map().reshape(leaf.shape[1:] if stacked else leaf.shape)[rest]
+                target[...] = source
+                progress(source.nbytes)
+        return cache[ranges]
+
+    return jax.block_until_ready(jax.make_array_from_callback(leaf.shape, leaf.sharding, read, dtype=dtype))
+
+
+@jax.jit
+def _layer(x: jax.Array, layer: int) -> jax.Array:
+    return jax.lax.dynamic_index_in_dim(x, layer, keepdims=False)
+
+
+def _whole(x: jax.Array, layer: int | None) -> np.ndarray:
+    """A parameter, or one layer of it, gathered to this host."""
+    part = x if layer is None else _layer(x, layer)
+    if not part.is_fully_addressable:
+        part = multihost_utils.process_allgather(part, tiled=True)
+    return np.asarray(part)
+
+
+def _shards(layout, most_bytes: int) -> dict[str, list]:
+    """File names and what each holds, filled in order, as transformers fills them."""
+    groups, room = [[]], most_bytes
+    for tensor in layout:
+        nbytes = math.prod(tensor[2]) * files.DTYPES[tensor[1]].itemsize
+        if nbytes > room and groups[-1]:
+            groups.append([])
+            room = most_bytes
+        groups[-1].append(tensor)
+        room -= nbytes
+    one, n = len(groups) == 1, len(groups)
+    file = lambda i: "model.safetensors" if one else f"model-{i + 1:05d}-of-{n:05d}.safetensors"
+    return {file(i): files.file_order(group) for i, group in enumerate(groups)}
+
+
+def _index(shards: dict[str, list]) -> str:
+    sizes = [math.prod(shape) * files.DTYPES[dtype].itemsize for shard in shards.values() for _, dtype, shape in shard]
+    weight_map = {name: file for file, shard in shards.items() for name, _, _ in shard}
+    index = {"metadata": {"total_size": sum(sizes)}, "weight_map": dict(sorted(weight_map.items()))}
+    return json.dumps(index, indent=2) + "\n"
+
+
+def _companions(source: Path) -> list[Path]:
+    """The files of COMPANIONS beside a published checkpoint, or in the tokenizer directory of a workdir."""
+    directory = source / "tokenizer" if (source / "tokenizer").is_dir() else source
+    if not directory.is_dir():
+        raise InputError(f"source_dir {source}: no such directory")
+    found = itertools.chain.from_iterable(directory.glob(pattern) for pattern in COMPANIONS)
+    return sorted({path for path in found if path.is_file()})
+
+
+def _token_ids(directory: Path) -> dict[str, int]:
+    """The special tokens that tokenizer.json adds, by their text; none where there is no such file."""
+    path = directory / "tokenizer.json"
+    if not path.is_file():
+        return {}
+    added = hf_config.parse(path.read_text("utf-8", errors="replace"), str(path)).get("added_tokens") or []
+    return {token["content"]: token["id"] for token in added}
+
+
+def _size(text: str | int) -> int:
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]I?B)?\s*", str(text).upper())
+    size = float(match[1]) * _BYTES[match[2] or ""] if match else 0
+    if not match or not 1 <= size < 2**63:
+        raise InputError(f"max_shard_size {text!r}: write a number of bytes such as '5GB' or '500MB'")
+    return int(size)
+
+
+def _float_name(dtype) -> str:
+    try:
+        name = jnp.dtype(dtype).name
+    except TypeError:
+        name = str(dtype)
+    if name not in ("float32", "bfloat16"):
+        raise InputError(f"dtype {name!r} is not one of float32, bfloat16")
+    return name

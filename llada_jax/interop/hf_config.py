@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from llada_jax.config import PRESETS, InputError, ModelConfig
 from llada_jax.data.tokenizer import BOS, EOT, MASK
@@ -143,7 +144,7 @@ def read_config(text: str, where: str, dtype: str, token_ids: Mapping[str, int])
     family = _family(raw, where)
     raw = _DEFAULTS[family] | raw
     _refuse(raw, family, dtype, where)
-    fields = _architecture(raw, family, where) | _special_ids(raw, family, token_ids, where)
+    fields: dict[str, Any] = _architecture(raw, family, where) | _special_ids(raw, family, token_ids, where)
     try:
         return ModelConfig(**fields, dtype=dtype, remat="none", family=family, published=text)
     except InputError as error:

@@ -13,12 +13,12 @@ import struct
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
 
 from llada_jax.config import InputError
 
-DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
+DTYPES = {"F32": np.dtype(np.float32), "BF16": jnp.dtype(jnp.bfloat16), "F16": np.dtype(np.float16)}
 INDEX = "model.safetensors.index.json"
 _HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 _SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.safetensors")
@@ -54,9 +54,9 @@ def read_directory(directory: Path) -> dict[str, Stored]:
     index = _read_index(directory / INDEX) if (directory / INDEX).exists() else None
     listed = set(index.values()) if index is not None else _complete(present)
     if missing := sorted(listed - set(present)):
-        raise InputError(f"{directory}: shard {_some(missing)} is missing; download it again")
+        raise InputError(f"{directory}: shard {some(missing)} is missing; download it again")
     if extra := sorted(set(present) - listed):
-        raise InputError(f"{directory}: {_some(extra)} is not among the files of {INDEX}; remove one or the other")
+        raise InputError(f"{directory}: {some(extra)} is not among the files of {INDEX}; remove one or the other")
     found: dict[str, Stored] = {}
     for file, path in present.items():
         for name, tensor in read_header(path).items():
@@ -66,7 +66,7 @@ def read_directory(directory: Path) -> dict[str, Stored]:
                 raise InputError(f"{path}: holds tensor {name}, which {INDEX} puts in {index.get(name, 'no file')}")
             found[name] = tensor
     if index is not None and (absent := [name for name in index if name not in found]):
-        raise InputError(f"{directory}: {INDEX} lists {_some(absent)}, which no file holds")
+        raise InputError(f"{directory}: {INDEX} lists {some(absent)}, which no file holds")
     return found
 
 
@@ -97,7 +97,7 @@ def read_header(path: Path) -> dict[str, Stored]:
     ):
         tensors[name] = Stored(path, dtype, shape, 8 + length + first)
         if 8 + length + first != begin or last - first != tensors[name].nbytes:
-            raise InputError(f"{path}: its header is corrupt (tensor {name}: bytes {first} to {last} for shape {shape})")
+            raise InputError(f"{path}: its header is corrupt (tensor {name}: bytes {first} to {last}, shape {shape})")
         begin = 8 + length + last
     if begin != size:
         raise InputError(f"{path}: truncated or corrupt (its tensors end at byte {begin}, the file has {size})")
@@ -120,7 +120,7 @@ def write_file(path: Path, tensors: Sequence[tuple[str, str, tuple[int, ...]]], 
         file.write(struct.pack("<Q", len(text)) + text)
         for (name, dtype, shape), array in zip(tensors, arrays, strict=True):
             assert array.dtype == DTYPES[dtype] and math.prod(shape) == array.size, name
-            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
         file.flush()
         os.fsync(file.fileno())
 
@@ -173,7 +173,8 @@ def _no_duplicates(pairs: list[tuple[str, object]]) -> dict:
     return result
 
 
-def _some(names: Sequence[str]) -> str:
+def some(names: Sequence[str]) -> str:
+    """The first few names, for a message."""
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 

@@ -1,0 +1,50 @@
+"""Eight simulated CPU devices for every test, and a compilation cache that the test processes share."""
+
+import os
+import tempfile
+from pathlib import Path
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from llada_jax.config import PRESETS, run_config
+
+jax.config.update("jax_compilation_cache_dir", str(Path(tempfile.gettempdir()) / "llada_jax_tests_cache"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+
+TINY = dataclasses.replace(
+    PRESETS["tiny"], d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, mlp_hidden_size=48, vocab_size=64,
+    embedding_size=64, max_sequence_length=64,
+)  # fmt: skip
+
+
+@pytest.fixture
+def tiny():
+    """A model config small enough to enumerate."""
+    return TINY
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+@pytest.fixture
+def tiny_run():
+    """A run config that trains in seconds on couplets."""
+    config = run_config("tiny")
+    config.model.update(dict(d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, mlp_hidden_size=48))
+    config.model.vocab_size = config.model.embedding_size = 0
+    config.model.max_sequence_length = 64
+    config.data.update(dict(documents="file", packing="document", row_length=24, validation_fraction=0.1))
+    config.data.tokenizer_type = "char"
+    config.optimizer.schedule = (("linear", 1e-3, "2 steps"), ("constant", 1e-3, "100%"))
+    config.train.update(dict(steps=4, batch_size=8, log_every=2, eval_every=4, eval_rows=8))
+    config.checkpoint.update(dict(every_steps=2, keep=2))
+    return config

@@ -1,0 +1,116 @@
+"""The objectives against float64 NumPy, and accumulation against a whole batch."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from llada_jax import losses
+from llada_jax.config import InputError
+from llada_jax.model import Transformer
+
+KEY = jax.random.key(5)
+
+
+def objective(attention="documents", **changes):
+    return ConfigDict(dict(eps=1e-3, stratified=False, attention=attention) | changes)
+
+
+def make_batch(rng, rows=6, length=16):
+    tokens = rng.integers(7, 60, (rows, length)).astype(np.int32)
+    segment_ids = np.ones((rows, length), np.int32)
+    segment_ids[:, 10:] = 2
+    segment_ids[::2, 13:] = 0
+    maskable = segment_ids > 0
+    maskable[:, :3] = False
+    fields = tokens, segment_ids, maskable, maskable.sum(1).astype(np.int32)
+    return losses.Batch(*map(jnp.asarray, fields))
+
+
+def cross_entropy64(model, noisy):
+    """-log softmax at the targets, float64, from the model's own float32 logits; [B, L]."""
+    logits = np.asarray(model(noisy.inputs, noisy.segment_ids), np.float64)
+    logits -= logits.max(-1, keepdims=True)
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    return -np.take_along_axis(log_p, np.asarray(noisy.targets)[..., None], -1)[..., 0]
+
+
+@pytest.fixture
+def model(tiny):
+    return Transformer(tiny, jax.random.key(0))
+
+
+@pytest.mark.parametrize("attention", ["full", "padding", "documents"])
+def test_pretraining_loss_is_eq_3_divided_by_all_tokens(model, rng, attention):
+    batch = make_batch(rng)
+    noisy = losses.pretrain(batch, KEY, model.config, objective(attention))
+    loss, sums = losses.noisy_loss(model, noisy)
+    masked, p = np.asarray(noisy.weights) > 0, np.asarray(noisy.ratio, np.float64)[:, None]
+    ce = cross_entropy64(model, noisy)
+    expected = (ce * masked / p).sum() / np.asarray(batch.maskable).sum()
+    np.testing.assert_allclose(float(loss), expected, rtol=1e-5)
+    np.testing.assert_allclose(float(sums["elbo_sum"]), (ce * masked / p).sum(), rtol=1e-5)
+    np.testing.assert_allclose(np.asarray(sums["ce_sum"]).sum(), (ce * masked).sum(), rtol=1e-5)
+    assert np.asarray(sums["ce_count"]).sum() == masked.sum()
+
+
+def test_sft_loss_is_divided_by_the_answer_length_of_each_row(model, rng):
+    batch = make_batch(rng)
+    noisy = losses.sft(batch, KEY, model.config, objective("padding"))
+    loss, _ = losses.noisy_loss(model, noisy)
+    masked, p = np.asarray(noisy.weights) > 0, np.asarray(noisy.ratio, np.float64)
+    rows = (cross_entropy64(model, noisy) * masked).sum(1) / p / np.asarray(batch.answer_length)
+    np.testing.assert_allclose(float(loss), rows.mean(), rtol=1e-5)
+
+
+def test_the_prompt_is_never_masked_in_sft(model, rng):
+    noisy = losses.sft(make_batch(rng), KEY, model.config, objective("padding"))
+    assert not np.any(np.asarray(noisy.weights)[:, :3])
+
+
+def test_autoregressive_loss_is_the_mean_over_next_tokens_of_the_same_document(tiny, rng):
+    model = Transformer(tiny.__class__(**{**tiny.__dict__, "causal": True}), jax.random.key(0))
+    batch = make_batch(rng)
+    noisy = losses.autoregressive(batch, KEY, model.config, objective())
+    segment, maskable = np.asarray(batch.segment_ids), np.asarray(batch.maskable)
+    asked = np.zeros(segment.shape, bool)
+    asked[:, :-1] = maskable[:, 1:] & (segment[:, 1:] == segment[:, :-1])
+    np.testing.assert_array_equal(np.asarray(noisy.weights) > 0, asked)
+    np.testing.assert_array_equal(np.asarray(noisy.targets)[:, :-1], np.asarray(batch.tokens)[:, 1:])
+    loss, _ = losses.noisy_loss(model, noisy)
+    np.testing.assert_allclose(float(loss), cross_entropy64(model, noisy)[asked].mean(), rtol=1e-5)
+
+
+def test_a_causal_model_does_not_see_what_comes_later(tiny, rng):
+    model = Transformer(tiny.__class__(**{**tiny.__dict__, "causal": True}), jax.random.key(0))
+    tokens = rng.integers(0, 60, (2, 12)).astype(np.int32)
+    changed = tokens.copy()
+    changed[:, 8:] = (changed[:, 8:] + 1) % 60
+    before, after = np.asarray(model(jnp.asarray(tokens))), np.asarray(model(jnp.asarray(changed)))
+    np.testing.assert_array_equal(before[:, :8], after[:, :8])
+    assert np.abs(before[:, 8:] - after[:, 8:]).max() > 1e-3
+
+
+def test_with_nothing_masked_loss_and_gradient_are_zero(model, rng):
+    noisy = losses.pretrain(make_batch(rng), KEY, model.config, objective())
+    noisy.weights = jnp.zeros_like(noisy.weights)
+    (loss, _), grads = jax.value_and_grad(losses.noisy_loss, has_aux=True)(model, noisy)
+    assert float(loss) == 0
+    assert all(np.all(np.asarray(g) == 0) for g in jax.tree.leaves(grads))
+
+
+def test_documents_do_not_see_each_other_only_in_documents_mode(model, rng):
+    batch = make_batch(rng)
+    changed = losses.Batch(batch.tokens.at[:, 11].set(5), batch.segment_ids, batch.maskable, batch.answer_length)
+    for attention, seen in (("documents", False), ("padding", True)):
+        hidden = []
+        for b in (batch, changed):
+            noisy = losses.autoregressive(b, KEY, model.config, objective(attention))
+            hidden.append(np.asarray(model.hidden(noisy.inputs, noisy.segment_ids))[:, :10])
+        assert (np.abs(hidden[0] - hidden[1]).max() > 1e-6) == seen
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(InputError, match="config.objective.name 'mlm'"):
+        losses.objective_named("mlm")

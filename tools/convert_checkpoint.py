@@ -1,0 +1,97 @@
+"""Converts a published checkpoint to a workdir that training starts from, and a workdir to a published checkpoint.
+
+python tools/convert_checkpoint.py --source=LLaDA-8B-Base --target=runs/llada_8b --to=orbax --verify
+python tools/convert_checkpoint.py --source=runs/sft --target=my-llada-8b-sft --to=hf --dtype=bfloat16
+
+A run starts from the former with --config.train.init_from=runs/llada_8b. The tokenizer and generation settings come
+along. The target appears when it is complete, and with --verify only if it computes what the source computes.
+"""
+
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags, logging
+from tqdm import tqdm
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # the checkout
+
+from llada_jax import cli
+from llada_jax.config import InputError
+from llada_jax.interop import hf
+from llada_jax.model import Transformer
+
+SOURCE = flags.DEFINE_string("source", None, "Directory of a published checkpoint or of a run.", required=True)
+TARGET = flags.DEFINE_string("target", None, "Directory to make.", required=True)
+TO = flags.DEFINE_enum("to", None, ["hf", "orbax"], "hf: published names and files; orbax: a workdir.", required=True)
+DTYPE = flags.DEFINE_enum(
+    "dtype", None, ["float32", "bfloat16"], "Of the parameters. Default: as stored; for a run that began with a "
+    "published model and goes --to=hf: as that one says (torch_dtype of its config.json)."
+)  # fmt: skip
+MAX_SHARD_SIZE = flags.DEFINE_string("max_shard_size", "5GB", "Of one .safetensors file.")
+VERIFY = flags.DEFINE_bool("verify", False, "Compare the logits of both sides on random tokens.")
+
+AGREEMENT = 0.85  # of the most likely tokens, where float32 was rounded to bfloat16
+
+
+def main(_argv: list[str]) -> None:
+    logging.set_verbosity(logging.WARNING)  # Orbax is talkative
+    source, target = Path(SOURCE.value), Path(TARGET.value)
+    with hf.new_directory(target) as made:
+        with _bar("read", sum(file.stat().st_size for file in source.glob("*.safetensors"))) as bar:
+            original = hf.load(source, progress=bar.update)
+        dtype = DTYPE.value or (_published_dtype(original) if TO.value == "hf" else None)
+        model = original if dtype is None else cast(original, dtype)
+        if TO.value == "hf":
+            with _bar("write", sum(x.nbytes for x in jax.tree.leaves(model))) as bar:
+                hf.save_hf(model, made, MAX_SHARD_SIZE.value, source_dir=source, progress=bar.update)
+        else:
+            hf.save_workdir(model, made, source_dir=source)
+        kinds = sorted({x.dtype.name for x in jax.tree.leaves(model)})
+        rounded = kinds == ["bfloat16"] and any(x.dtype == jnp.float32 for x in jax.tree.leaves(original))
+        del model
+        checked = f"; {verify(original, hf.load(made), rounded)}" if VERIFY.value else ""
+    print(f"{target}: {' and '.join(kinds)} parameters{checked}")
+
+
+def cast(model: Transformer, dtype: str) -> Transformer:
+    return jax.tree.map(lambda x: x.astype(dtype), model)
+
+
+def verify(source: Transformer, target: Transformer, rounded: bool) -> str:
+    """What was found. Raises InputError when the logits of both differ more than a rounding of parameters explains."""
+    rows = source.config.embedding_size
+    tokens = np.random.default_rng(0).integers(0, rows, (2, min(64, source.config.max_sequence_length)))
+    a, b = (np.asarray(_in_float32(model)(jnp.asarray(tokens, jnp.int32))) for model in (source, target))
+    agreement = np.mean(np.argmax(a, -1) == np.argmax(b, -1))
+    largest = float(np.max(np.abs(a - b)))
+    found = f"logits of {tokens.size} random tokens differ by at most {largest:.3g}, {agreement:.1%} of argmax agree"
+    if not (np.isfinite(b).all() and (agreement >= AGREEMENT if rounded else largest == 0)):
+        raise InputError(f"verification failed: {found}; nothing was written")
+    return found
+
+
+def _in_float32(model: Transformer) -> Transformer:
+    """The same parameters, computing in float32."""
+    config = dataclasses.replace(model.config, dtype="float32")
+    like = jax.eval_shape(lambda key: Transformer(config, key), jax.random.key(0))
+    return jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(model))
+
+
+def _published_dtype(model: Transformer) -> str | None:
+    told = json.loads(model.config.published or "{}")
+    dtype = told.get("torch_dtype", told.get("dtype"))
+    return dtype if dtype in ("float32", "bfloat16") else None
+
+
+def _bar(what: str, total: int) -> tqdm:
+    return tqdm(desc=what, total=total, unit="B", unit_scale=True, disable=None, leave=False)
+
+
+if __name__ == "__main__":
+    cli.run(main)
