@@ -45,7 +45,7 @@ class ModelConfig:
     remat: str = "full"  # what the backward pass recomputes: "none", "full" or "dots"
     # Where it comes from; see interop/:
     family: str = "llada"  # under whose names it is published: "llada" or "illada"
-    published: str = ""  # the config.json that it was loaded with, word for word, so that saving gives it back
+    published: str = dataclasses.field(default="", repr=False)  # the config.json that it was loaded with, word for word
 
     @property
     def head_dim(self) -> int:

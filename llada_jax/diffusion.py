@@ -22,7 +22,9 @@ def mask_ratios(key: jax.Array, rows: int, *, eps: float = 1e-3, stratified: boo
         t_B = (jax.random.uniform(key) + jnp.arange(rows) / rows) % 1.0
     else:
         t_B = jax.random.uniform(key, (rows,))
-    return (1 - eps) * t_B + eps
+    # Rounded to 22 bits in between, the product can't be fused with the sum: the same bits in every program. (A fused
+    # multiply-add rounds once; in a test one ratio in four differed in its last bit between two compilations.)
+    return jax.lax.reduce_precision((1 - eps) * t_B, 8, 22) + eps
 
 
 def masks(key: jax.Array, maskable_BL: jax.Array, ratio_B: jax.Array) -> jax.Array:

@@ -15,7 +15,8 @@ FLOORS = [
     {"cross_entropy"},
     {"losses"},
     {"train_step", "sampling", "likelihood"},
-    {"checkpoint", "interop", "metrics"},
+    {"checkpoint", "metrics"},
+    {"interop"},
     {"train", "evaluation", "sample"},
 ]
 FLOOR = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}

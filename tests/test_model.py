@@ -11,6 +11,9 @@ from llada_jax.config import PRESETS, InputError
 from llada_jax.model import Transformer, parameter_count, rms_norm, rope
 
 
+WEIGHTS = "attn_norm ff_norm q_proj k_proj v_proj attn_out ff_proj up_proj ff_out".split()
+
+
 def test_published_parameter_counts():
     counts = {name: parameter_count(PRESETS[name]) for name in PRESETS}
     assert counts["llada_8b"] == 8_015_581_184
@@ -45,7 +48,7 @@ def numpy_forward(model, tokens, segments):
     query, key = segments[:, None, :, None], segments[:, None, None, :]
     visible = ((query == key) | (query == 0)) & (key > 0)
     for i in range(c.n_layers):
-        w = {name: get(getattr(model.blocks, name))[i] for name in vars(model.blocks) if name != "config"}
+        w = {name: get(getattr(model.blocks, name))[i] for name in WEIGHTS}
         h = norm(x, w["attn_norm"])
         q, k, v = (np.einsum("bld,nhd->bnlh", h, w[name]) for name in ("q_proj", "k_proj", "v_proj"))
         k, v = (np.repeat(y, c.n_heads // c.n_kv_heads, axis=1) for y in (rotate(k), v))

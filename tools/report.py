@@ -45,7 +45,7 @@ def render(workdir: str | Path) -> Path:
         _losses(runs), _ratios(runs), _times(report),
     ]  # fmt: skip
     page = Template(_PAGE).substitute(
-        css=_CSS, head=_head(report), body="".join(sections), script=_script(report)
+        css=_beside("report.css"), head=_head(report), body="".join(sections), script=_script(report)
     )
     output = workdir / "report.html"
     temporary = workdir / "report.html.tmp"
@@ -256,7 +256,7 @@ def _script(report: dict) -> str:
     frames = [[[_shown(piece) for piece in frame] for frame in t["frames"]] for t in trajectories]
     data = json.dumps(frames, ensure_ascii=False, separators=(",", ":"))
     data = data.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
-    return f"<script type=application/json id=frames>{data}</script><script>{_JS}</script>"
+    return f"<script type=application/json id=frames>{data}</script><script>{_beside('report.js')}</script>"
 
 
 def _examples(report: dict) -> str:
@@ -416,6 +416,10 @@ def _duration(seconds: float) -> str:
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
 
 
+def _beside(name: str) -> str:
+    return Path(__file__).with_name(name).read_text(encoding="utf-8")
+
+
 def _text(value: object) -> str:
     return html.escape(str(value))
 
@@ -432,133 +436,6 @@ _PAGE = """<!doctype html>
 page loads nothing from elsewhere.</footer></main>$script</body></html>
 """
 
-_CSS = """
-:root{--bg:#fbfaf7;--card:#fff;--ink:#23272b;--dim:#676c70;--line:#e4e0d7;--llada:24 98 104;
---arm:163 94 38;--red:190 58 38;--ui:system-ui,-apple-system,"Segoe UI",Roboto,"Noto Sans",
-"PingFang SC","Microsoft YaHei","Noto Sans CJK SC",sans-serif;--song:"Songti SC",STSong,
-"Noto Serif SC","Noto Serif CJK SC","Source Han Serif SC",SimSun,serif;--body:"Iowan Old Style",
-"Palatino Linotype",Palatino,Georgia,"Noto Serif","DejaVu Serif",var(--song)}
-@media(prefers-color-scheme:dark){:root{--bg:#14171a;--card:#1a1e22;--ink:#e5e2db;--dim:#9b9fa1;
---line:#2e3439;--llada:112 188 190;--arm:226 164 106;--red:242 122 98}}
-*{box-sizing:border-box}html{-webkit-text-size-adjust:100%}
-body{margin:0;background:var(--bg);color:var(--ink);font:17px/1.6 var(--body);
-counter-reset:fig tab}
-main{max-width:56rem;margin:0 auto;padding:4rem 1.25rem 3rem}
-.facts,small,figcaption,.protocols,th,td,.controls,svg text,dt,.models,footer{
-font-family:var(--ui)}
-.facts,.models,footer{color:var(--dim);font-size:.82rem}
-h1{font-size:clamp(2rem,6vw,3rem);font-weight:500;line-height:1.15;letter-spacing:-.015em;
-margin:.3rem 0 1.2rem}
-.claim{font-size:clamp(1.12rem,2.6vw,1.35rem);line-height:1.55;max-width:44rem;margin:0 0 1.4rem}
-.claim b{font-weight:600;white-space:nowrap}
-h2{font-size:1.5rem;font-weight:500;margin:0 0 1.1rem;padding-top:2.6rem}
-h3{font-size:1rem;font-weight:500;margin:0 0 .6rem}h3 small{display:block;color:var(--dim);
-font-size:.78rem}
-.models{list-style:none;margin:0;padding:0;display:flex;flex-wrap:wrap;gap:.2rem 2rem}
-.models b{color:rgb(var(--c));font-weight:600}.llada{--c:var(--llada)}.arm{--c:var(--arm)}
-figure{margin:0}figcaption{color:var(--dim);font-size:.85rem;line-height:1.55;margin-top:1rem;
-max-width:46rem}
-figcaption:before{color:var(--ink);font-weight:600;counter-increment:fig;
-content:"Figure " counter(fig) ". "}
-figcaption.tab:before{counter-increment:tab;content:"Table " counter(tab) ". "}
-a{color:inherit;text-underline-offset:.15em}small{font-weight:400;color:var(--dim)}
-table{width:100%;border-collapse:collapse;border-block:1.5px solid var(--ink);
-font-variant-numeric:tabular-nums}
-th,td{padding:.7rem 0 .7rem 1rem;text-align:left;vertical-align:baseline;font-weight:400}
-th[scope=row]{padding-left:0}
-thead th,thead td{border-bottom:1px solid var(--line);font-size:.9rem;line-height:1.35}
-thead small{display:block}
-tbody th{font-size:.92rem;line-height:1.4}tbody td{font-size:1.15rem}.n2 tbody td{
-font-size:1.5rem}
-.n2 tr>:not(:first-child){width:32%}.n4 tr>:not(:first-child){width:19%}tbody tr.llada th{
-font-weight:600}
-tr.ranking>*{border-top:1px dashed var(--line);color:var(--dim)}tr.ranking .bar i{opacity:.45}
-.bar{display:block;height:4px;margin-top:.35rem;border-radius:2px;background:var(--line)}
-.bar i{display:block;height:100%;border-radius:2px;background:rgb(var(--c,var(--llada)))}
-.times td,.times th{font-size:.92rem;padding-block:.4rem;vertical-align:middle}.times td{
-white-space:nowrap}
-.times td.long{width:55%}.times .bar{margin:0;background:none}
-.protocols{display:grid;grid-template-columns:repeat(auto-fit,minmax(17rem,1fr));gap:.8rem 2rem;
-margin:1.2rem 0 0;font-size:.78rem;line-height:1.5;color:var(--dim)}dd{margin:0}.protocols dt{
-color:var(--ink);font-weight:600}
-.grid{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(21rem,100%),1fr));
-gap:1.6rem 2rem}
-.play{background:var(--card);border:1px solid var(--line);border-radius:10px;
-padding:1.1rem 1.2rem}
-.play{display:flex;flex-direction:column}
-.play h3,.prompt,.tokens,.verse{font-family:var(--song)}.prompt{color:var(--dim);margin:0 0 .4rem}
-.tokens{margin:0 0 .4rem;flex:1;font-size:1.35rem;line-height:1.2;overflow-wrap:anywhere}
-.t{display:inline-block;min-width:1.3em;margin:0 2px 4px 0;text-align:center;vertical-align:top}
-.t b{display:block;font-weight:400;padding:.16em .12em;border-radius:4px;white-space:pre-wrap;
-background:rgb(var(--llada)/calc(var(--c)*.24));transition:background-color .9s}
-.t i{display:block;height:1.1em;font:10px/1.2 var(--ui);color:var(--dim);margin-top:2px}.t.end b{
-color:var(--dim)}
-.t.mask b{color:transparent!important;transition:none;background:repeating-linear-gradient(-45deg,
-var(--line) 0 3px,transparent 3px 6px)}
-.t.mask i{visibility:hidden}.t.new b{background:rgb(var(--red)/.85);color:#fff;transition:none}
-.controls{display:flex;gap:.8rem;align-items:center;font-size:.8rem;color:var(--dim)}
-.controls[hidden]{display:none}
-.controls input{flex:1;min-width:3rem;accent-color:rgb(var(--llada))}output{
-font-variant-numeric:tabular-nums}
-button{font:inherit;color:var(--ink);background:none;border:1px solid var(--line);
-border-radius:6px;padding:.3rem .7rem;min-width:4.2rem;cursor:pointer}button:hover{
-border-color:var(--dim)}
-.scale{white-space:nowrap}.scale i{display:inline-block;width:4rem;height:.75em;margin:0 .4em;
-border-radius:2px;background:linear-gradient(90deg,rgb(var(--llada)/0),rgb(var(--llada)/.24));
-outline:1px solid var(--line)}
-svg{display:block;width:100%;height:auto}svg text{font-size:11.5px;fill:var(--dim);
-font-variant-numeric:tabular-nums}
-svg text.value{fill:var(--ink);font-weight:600}.axes line,.base{stroke:var(--line)}svg svg{
-overflow:hidden}
-polyline{fill:none;stroke:rgb(var(--c));stroke-width:2.2;stroke-linejoin:round}
-polyline.raw{stroke-width:.8;opacity:.38}circle,rect{fill:rgb(var(--c))}rect{opacity:.82}
-.example{padding:.9rem 0;border-top:1px solid var(--line)}.example h3{margin:0 0 .5rem}
-.example h3 small{display:inline;margin-left:.7em}.example dl{display:grid;margin:0;
-gap:.6rem 1.2rem;grid-template-columns:repeat(auto-fit,minmax(9.5rem,1fr))}.example dt{
-font-size:.75rem;color:var(--dim)}
-.verse{font-size:1.12rem;line-height:1.5;overflow-wrap:anywhere}.yes{color:rgb(var(--llada))}.no{
-color:rgb(var(--red))}
-footer{margin-top:3.5rem;padding-top:1rem;border-top:1px solid var(--line)}
-@media(max-width:34rem){main{padding-top:2.2rem}body{font-size:16px}th,td{padding-left:.6rem}
-.n2 tbody td{font-size:1.2rem}.n4 tbody td{font-size:.9rem}.n4 th{font-size:.78rem}.n4 small{
-font-size:.68rem}
-.times td.long{width:34%}.wide svg text{font-size:16px}.example dl{grid-template-columns:1fr 1fr}}
-"""
-
-_JS = """
-const frames = JSON.parse(document.getElementById('frames').textContent);
-const calm = matchMedia('(prefers-reduced-motion: reduce)').matches;
-document.querySelectorAll('.play').forEach((box, k) => {
-  const tokens = [...box.querySelectorAll('.t')], controls = box.querySelector('.controls');
-  const [button, slider, output] = controls.children;
-  const last = frames[k].length - 1, final = frames[k][last];
-  const wait = Math.max(180, Math.min(650, 9000 / (last + 1)));
-  let at = last, timer = 0;
-  const show = (step, lit = true) => {
-    at = step; slider.value = step; output.textContent = `step ${step} of ${last}`;
-    tokens.forEach((token, i) => {
-      const piece = frames[k][step][i], mask = piece === '▒';
-      const fresh = lit && !mask && step > 0 && frames[k][step - 1][i] === '▒';
-      token.classList.toggle('mask', mask);
-      token.classList.toggle('new', fresh);
-      token.firstChild.textContent = mask ? final[i] : piece;  // unseen, so that nothing moves
-    });
-  };
-  const pause = () => { clearInterval(timer); timer = 0; button.textContent = 'Play'; };
-  const tick = () => { if (at < last) show(at + 1); else { pause(); show(last, false); } };
-  const play = () => {
-    if (at >= last) show(0);
-    timer = setInterval(tick, wait); button.textContent = 'Pause';
-  };
-  const first = new IntersectionObserver(([entry]) => {
-    if (entry.isIntersecting) { first.disconnect(); play(); }
-  }, {threshold: 0.6});
-  button.onclick = () => { first.disconnect(); if (timer) pause(); else play(); };
-  slider.oninput = () => { first.disconnect(); pause(); show(+slider.value); };
-  controls.hidden = false;
-  if (!calm) first.observe(box);
-});
-"""
 
 
 def main(_argv: list[str]) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
@@ -111,7 +112,7 @@ def save_workdir(model: Transformer, path: str | Path, *, source_dir: str | Path
     """
     companions = [] if source_dir is None else _companions(Path(source_dir))
     with new_directory(Path(path)) as temporary:
-        with ocp.training.Checkpointer(temporary.resolve() / "checkpoints") as orbax:
+        with ocp.training.Checkpointer(epath.Path(temporary).resolve() / "checkpoints") as orbax:
             orbax.save_checkpointables(0, {"model": dict(checkpoint.named_leaves(model))})
         for companion in companions:
             (temporary / "tokenizer").mkdir(exist_ok=True)
