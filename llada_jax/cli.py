@@ -25,6 +25,10 @@ def run(main: Callable[[list[str]], None]) -> None:
             fail(f"{error.strerror}: {error.filename or 'while writing'}; free space or choose another directory")
         except KeyboardInterrupt:
             sys.exit(130)
+        except Exception as error:  # Orbax and ArrayRecord wrap a full disk in errors of their own
+            if "No space left on device" not in str(error):
+                raise
+            fail("no space left on device while writing; free space or choose another directory, then run it again")
 
     app.run(guarded, flags_parser=_parse)
 

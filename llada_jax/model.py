@@ -48,16 +48,16 @@ class Block(nnx.Module):
         self.ff_out = _weight(keys[6], (D, F), ("fsdp", "tensor"), _stds(c, F, depth))
 
     def __call__(self, x_BLD: jax.Array, segment_ids_BL: jax.Array | None) -> jax.Array:
-        c, dtype = self.config, x_BLD.dtype
+        c, dtype = self.config, self.config.dtype
         heads = spec(BATCH, "tensor", "context", None)
-        h_BLD = rms_norm(x_BLD, use(self.attn_norm, dtype), c.rms_norm_eps)
+        h_BLD = rms_norm(x_BLD, use(self.attn_norm, x_BLD.dtype), c.rms_norm_eps).astype(dtype)
         q, k, v = (
             jnp.einsum("BLD,NHD->BNLH", h_BLD, use(w, dtype), out_sharding=heads)
             for w in (self.q_proj, self.k_proj, self.v_proj)
         )
         a_BNLH = attention(rope(q, c.rope_theta), rope(k, c.rope_theta), v, segment_ids_BL, c.causal)
         x_BLD += jnp.einsum("BNLH,DNH->BLD", a_BNLH, use(self.attn_out, dtype), out_sharding=_hidden())
-        h_BLD = rms_norm(x_BLD, use(self.ff_norm, dtype), c.rms_norm_eps)
+        h_BLD = rms_norm(x_BLD, use(self.ff_norm, x_BLD.dtype), c.rms_norm_eps).astype(dtype)
         gate_BLF, up_BLF = (
             jnp.einsum("BLD,FD->BLF", h_BLD, use(w, dtype), out_sharding=spec(BATCH, "context", "tensor"))
             for w in (self.ff_proj, self.up_proj)
@@ -88,7 +88,9 @@ class Transformer(nnx.Module):
     def hidden(self, tokens_BL: jax.Array, segment_ids_BL: jax.Array | None = None) -> jax.Array:
         """The normed last hidden states, [B, L, D] in the compute dtype."""
         c = self.config
-        x_BLD = use(self.wte, c.dtype).at[tokens_BL].get(out_sharding=_hidden())
+        # The residual stream is as wide as the parameters: with float32 masters it is what PyTorch's autocast computes,
+        # with bfloat16 it would be 1.5 times as far from float32 (tests/test_interop.py, autocast).
+        x_BLD = use(self.wte, jnp.promote_types(self.wte.dtype, c.dtype)).at[tokens_BL].get(out_sharding=_hidden())
 
         def layer(x_BLD, block):
             return block(x_BLD, segment_ids_BL), None
@@ -97,7 +99,7 @@ class Transformer(nnx.Module):
             dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
             layer = jax.checkpoint(layer, prevent_cse=False, policy=dots if c.remat == "dots" else None)
         x_BLD, _ = jax.lax.scan(layer, x_BLD, self.blocks, unroll=_unroll(c))
-        return rms_norm(x_BLD, use(self.ln_f, x_BLD.dtype), c.rms_norm_eps)
+        return rms_norm(x_BLD, use(self.ln_f, x_BLD.dtype), c.rms_norm_eps).astype(c.dtype)
 
     def __call__(self, tokens_BL: jax.Array, segment_ids_BL: jax.Array | None = None) -> jax.Array:
         """Logits, [B, L, V] in the compute dtype, for int32 token ids [B, L].

@@ -3,6 +3,8 @@
 python -m llada_jax.train --config=configs/pretrain_tiny.py --workdir=DIR [--config.data.files='books/*.txt']
 """
 
+import contextlib
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,10 +36,11 @@ def train(config: ConfigDict, workdir: str | Path, *, title: str = "train") -> d
     mesh = sharding.make_mesh(dict(config.mesh))
     if workdir.exists() and not workdir.is_dir():
         raise InputError(f"{workdir}: is a file; --workdir names a directory")
-    tokenizer, rows, validation = open_data(config, workdir)
-    model = fit_to_tokenizer(config, tokenizer)
-    checkpoint.claim_workdir(workdir, config)
-    tokenizer.save(workdir / "tokenizer")
+    with _nothing_left_behind(workdir):
+        tokenizer, rows, validation = open_data(config, workdir)
+        model = fit_to_tokenizer(config, tokenizer)
+        checkpoint.claim_workdir(workdir, config)
+        tokenizer.save(workdir / "tokenizer")
 
     total, rows_per_step = config.train.steps, config.train.batch_size
     tokens_per_step = rows_per_step * config.data.row_length
@@ -90,6 +93,21 @@ def train(config: ConfigDict, workdir: str | Path, *, title: str = "train") -> d
             saver.close()
             reporter.close()
     return last
+
+
+@contextlib.contextmanager
+def _nothing_left_behind(workdir: Path) -> Iterator[None]:
+    """If a run can't begin, removes what was made for it: in the workdir, and the workdir if it was not there."""
+    made = [path for path in (workdir / "data", workdir / "tokenizer") if not path.exists()]
+    is_new = not workdir.exists()
+    try:
+        yield
+    except BaseException:
+        for path in made:
+            shutil.rmtree(path, ignore_errors=True)
+        if is_new and workdir.is_dir() and not any(workdir.iterdir()):
+            workdir.rmdir()
+        raise
 
 
 def _opening(model: ModelConfig, mesh, workdir: Path, first: int, total: int, title: str) -> str:
@@ -174,16 +192,19 @@ def fit_to_tokenizer(config: ConfigDict, tokenizer: Tokenizer) -> ModelConfig:
             f"config.model.embedding_size {m.embedding_size} has no row for each of the tokenizer's "
             f"{tokenizer.vocab_size} ids; raise it, or set vocab_size and embedding_size to 0"
         )
-    if config.data.row_length > m.max_sequence_length:
-        raise InputError(
-            f"config.data.row_length {config.data.row_length} is longer than the model's context, "
-            f"config.model.max_sequence_length {m.max_sequence_length}"
-        )
     return model_config(m)
 
 
 def _check(config: ConfigDict) -> None:
     t, d, o = config.train, config.data, config.objective
+    context = config.model.max_sequence_length
+    if t.init_from:
+        context = checkpoint.load_config(t.init_from)["model"]["max_sequence_length"]
+    if d.row_length > context:
+        raise InputError(
+            f"config.data.row_length {d.row_length} is longer than the model's context, "
+            f"config.model.max_sequence_length {context}"
+        )
     if o.name == "sft" and d.kind != "chat":
         raise InputError(f"config.objective.name 'sft' needs config.data.kind 'chat', it is {d.kind!r}")
     for name in ("steps", "batch_size", "microbatches", "log_every"):

@@ -59,7 +59,7 @@ def make_train_step(optimizer: optax.GradientTransformation, objective, objectiv
             ((loss, sums), grads), _ = jax.lax.scan(accumulate, zeros, parts)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.model)
         model = optax.apply_updates(state.model, updates)
-        metrics = {"loss": loss, "grad_norm": optax.global_norm(grads), "tokens": jnp.sum(batch.maskable), **sums}
+        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), "tokens": jnp.sum(batch.maskable), **sums}
         return TrainState(state.step + 1, model, opt_state), metrics
 
     return jax.jit(train_step, donate_argnums=0)

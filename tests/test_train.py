@@ -132,7 +132,7 @@ def test_mistakes_are_named_before_any_training(run, tmp_path, apply, message):
     with pytest.raises(InputError, match=message) as caught:
         train.train(run, tmp_path / "w")
     assert "\n" not in str(caught.value)
-    assert not (tmp_path / "w/config.json").exists() and not (tmp_path / "w/checkpoints").exists()
+    assert not (tmp_path / "w").exists()
 
 
 def test_a_workdir_of_another_run_is_refused_with_the_difference(run, tmp_path):

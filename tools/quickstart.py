@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need 
 
 from llada_jax import checkpoint, cli
 from llada_jax.config import InputError
-from llada_jax.data import sources
+from llada_jax.data import prepare, sources
 from llada_jax.data.tokenizer import load_tokenizer, train_tokenizer
 from llada_jax.evaluation import reversal
 from llada_jax.model import parameter_count
@@ -150,6 +150,13 @@ def _fine_tuning(config: ConfigDict, kind: str, workdir: Path) -> ConfigDict:
     run.data.files = str(workdir / "questions.jsonl")
     run.objective.name = "sft" if kind == "llada" else "autoregressive"
     run.model.causal = kind == "arm"
+    if q.sft_text_weight:  # plain couplets among the questions, so that they are not forgotten
+        text = workdir / "couplets"
+        prepare.prepare_dataset(
+            text, files=str(workdir / "couplets.txt"), tokenizer=load_tokenizer(workdir / "tokenizer.model"),
+            row_length=q.sft_row_length, packing="document", documents="line", progress=False,
+        )  # fmt: skip
+        run.data.mixture = ((str(text), q.sft_text_weight),)
     return run
 
 
@@ -194,7 +201,7 @@ def ask_all(tuned: dict, tokenizer, taught, asked):
     return questions, trajectories
 
 
-_ANSWER_ROOM = 12  # tokens of a reply: a line and the end of the turn, then EOS
+_ANSWER_ROOM = 10  # tokens of a reply: a line and the end of the turn, then EOS
 
 
 def ask(model, tokenizer, couplets: Sequence[tuple[str, str]], direction: str):

@@ -1,0 +1,47 @@
+"""Every file of configs/ loads, is locked, and describes a model and a schedule that exist."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from llada_jax import losses, optimizer
+from llada_jax.config import differences, model_config, run_config
+
+CONFIGS = sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.py"))
+
+
+def load(path, *args):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(*args)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_config_is_whole(path):
+    config = load(path)
+    assert config.is_locked
+    with pytest.raises((KeyError, AttributeError)):
+        config.train.stepz = 1
+    groups = dict(config.model)
+    if not groups["vocab_size"]:  # the tokenizer's
+        groups["vocab_size"] = groups["embedding_size"] = 512
+    assert model_config(groups).max_sequence_length >= config.data.row_length
+    losses.objective_named(config.objective.name)
+    tokens = config.train.batch_size * config.data.row_length
+    rate = optimizer.make_schedule(config.optimizer.schedule, total_steps=config.train.steps, tokens_per_step=tokens)
+    peak = max(value for _, value, _ in config.optimizer.schedule)
+    assert 0 < float(rate(config.train.steps // 2)) <= peak * 1.0001
+    assert path.stem in (path.read_text().split('"""')[1]), "the header carries the command"
+
+
+def test_defaults_are_the_published_recipe():
+    config = run_config()
+    assert model_config(config.model).d_model == 4096
+    assert (config.optimizer.weight_decay, config.train.batch_size, config.objective.eps) == (0.1, 1280, 1e-3)
+
+
+def test_differences_name_the_fields():
+    old, new = {"a": {"b": 1, "c": (1, 2)}}, {"a": {"b": 2, "c": [1, 2]}, "d": 3}
+    assert differences(old, new) == ["config.a.b: 1 -> 2", "config.d: None -> 3"]
