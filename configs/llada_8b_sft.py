@@ -1,6 +1,7 @@
 """Fine-tunes LLaDA-8B on dialogues, the published recipe: batches of 256, 3 epochs of 4.5M pairs, 2.5e-5.
 
-python tools/prepare_data.py --kind=chat --files='dialogues/*.jsonl' --tokenizer=LLADA_DIR --row_length=4096 --output=DATA
+python tools/prepare_data.py --kind=chat --files='dialogues/*.jsonl' --tokenizer=LLADA_DIR \
+    --row_length=4096 --output=DATA
 python -m llada_jax.train --config=configs/llada_8b_sft.py --workdir=DIR \
     --config.train.init_from=PRETRAINED_WORKDIR --config.data.path=DATA
 """

@@ -5,14 +5,14 @@ A workdir holds checkpoints/STEP/{model,optimizer}, config.json and the tokenize
 
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 from absl import logging
 from etils import epath
-from ml_collections import ConfigDict
 from orbax.checkpoint import v1 as ocp
 
-from llada_jax.config import InputError, ModelConfig, differences, model_config
+from llada_jax.config import InputError, ModelConfig, RunConfig, differences, model_config
 from llada_jax.model import Transformer
 from llada_jax.train_step import TrainState
 
@@ -26,8 +26,8 @@ _HARMLESS = (
 class Checkpointer:
     """Saves every so many steps without stopping the loop, keeps the newest few, restores the newest."""
 
-    def __init__(self, workdir: str | Path, config: ConfigDict):
-        training = ocp.training
+    def __init__(self, workdir: str | Path, config: RunConfig):
+        training: Any = ocp.training  # its policies do not match the types of its own protocol
         self._metadata = {"config": config.to_dict()}
         self._orbax = training.Checkpointer(
             epath.Path(workdir).resolve() / "checkpoints",
@@ -100,7 +100,7 @@ def load_config(workdir: str | Path) -> dict:
         raise InputError(f"{path}: not valid JSON ({error})") from error
 
 
-def claim_workdir(workdir: str | Path, config: ConfigDict) -> None:
+def claim_workdir(workdir: str | Path, config: RunConfig) -> None:
     """Writes config.json into a new workdir; refuses one that holds a run with another model, data or recipe."""
     workdir = Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)

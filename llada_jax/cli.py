@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 
 from absl import app, flags
+from ml_collections import config_flags
 
 from llada_jax.config import InputError
 
@@ -41,13 +42,32 @@ def fail(message: str) -> None:
 def _parse(argv: list[str]) -> list[str]:
     """Flags, `--config` files among them: what they raise becomes one line."""
     try:
-        return flags.FLAGS(argv)
+        rest = flags.FLAGS(argv)
     except flags.Error as error:
-        fail(f"{error}; --help lists the flags")
-    except (InputError, KeyError, AttributeError, TypeError, ValueError) as error:
-        # A config file or an override of it: ml_collections raises these for a field that does not exist or a
-        # value of another type.
-        fail(error.args[0] if error.args else repr(error))
-    except OSError as error:
-        fail(f"can't read {error.filename}: {error.strerror}")
+        fail(f"{_last_line(error)}; --help lists the flags")
+    except (KeyError, AttributeError) as error:  # ml_collections, for an override of a field that is not there
+        fail(f"the config has no such field: {_last_line(error)}")
+    except (InputError, TypeError, ValueError) as error:  # a value of another type
+        fail(_last_line(error))
+    else:
+        _open_config()
+        return rest
     raise AssertionError
+
+
+def _open_config() -> None:
+    """ml_collections tells of a file that it could not load only when the config is first used."""
+    if "config" in flags.FLAGS and flags.FLAGS["config"].present:
+        try:
+            getattr(flags.FLAGS.config, "keys", None)
+        except OSError:
+            name = config_flags.get_config_filename(flags.FLAGS["config"])
+            fail(f"--config={name}: no such file, or it can't be loaded; the configs are in configs/")
+
+
+def _last_line(error: Exception) -> str:
+    """The message without the traceback that ml_collections puts into it."""
+    text = str(error.args[0] if error.args else error).replace("\\n", " ").replace("\\'", "").strip("'\" ")
+    if "Traceback" not in text:
+        return text
+    return text.splitlines()[-1].removeprefix("llada_jax.config.InputError: ")

@@ -6,6 +6,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+RunConfig = Any  # an ml_collections.ConfigDict, whose fields type checkers can't know
+
 
 class InputError(ValueError):
     """A mistake of the user's: its message is one line that says what is wrong, where, and what to do.
@@ -80,8 +82,8 @@ class ModelConfig:
 
 
 # Published shapes: Table 5 of arXiv 2502.09992 (LLaDA and its controls) and arXiv 2606.25331 (iLLaDA).
-_SMALL_1B = dict(d_model=2048, n_layers=22, n_heads=32, n_kv_heads=4, mlp_hidden_size=5634)
-_TINY_IDS = dict(mask_token_id=3, bos_token_id=1, eos_token_id=2, pad_token_id=2, eot_token_id=6)
+_SMALL_1B: dict[str, Any] = dict(d_model=2048, n_layers=22, n_heads=32, n_kv_heads=4, mlp_hidden_size=5634)
+_TINY_IDS: dict[str, Any] = dict(mask_token_id=3, bos_token_id=1, eos_token_id=2, pad_token_id=2, eot_token_id=6)
 PRESETS: dict[str, ModelConfig] = {
     "llada_8b": ModelConfig(),
     "llada_1b": ModelConfig(**_SMALL_1B),
@@ -104,12 +106,12 @@ PRESETS: dict[str, ModelConfig] = {
 }  # fmt: skip
 
 
-def run_config(preset: str = "llada_8b") -> ConfigDict:
+def run_config(preset: str = "llada_8b") -> RunConfig:
     """The run config with LLaDA's recipe as its defaults; files in configs/ change what they need and `lock()` it.
 
     Every field is read in the one module that is named beside its group.
     """
-    config = ConfigDict()
+    config: RunConfig = ConfigDict()
     config.model = ConfigDict(dataclasses.asdict(PRESETS[preset]))  # config.py, model_config()
     config.data = ConfigDict(  # data/, through train.py
         dict(
@@ -175,12 +177,8 @@ def model_config(group: ConfigDict | dict) -> ModelConfig:
     unknown = sorted(set(group) - names)
     if unknown:
         raise InputError(f"config.model: unknown field {', '.join(unknown)}; known: {', '.join(sorted(names))}")
-    return ModelConfig(**dict(group))
-
-
-def to_json(config: ConfigDict) -> str:
-    """The resolved run config as it is stored in a workdir."""
-    return json.dumps(config.to_dict(), indent=1, sort_keys=True, ensure_ascii=False)
+    fields: dict[str, Any] = dict(group)
+    return ModelConfig(**fields)
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "config") -> list[str]:

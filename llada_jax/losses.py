@@ -6,6 +6,7 @@ changes nothing but memory.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -87,7 +88,8 @@ def noisy_loss(model, noisy: NoisyBatch) -> tuple[jax.Array, dict[str, jax.Array
     """
     hidden_BLD = model.hidden(noisy.inputs, noisy.segment_ids)
     head_VD = model.head[...].astype(hidden_BLD.dtype)
-    loss, ce_BL = scored_cross_entropy(hidden_BLD, head_VD, noisy.targets, noisy.weights)
+    scored: Any = scored_cross_entropy  # custom_vjp hides its result's type
+    loss, ce_BL = scored(hidden_BLD, head_VD, noisy.targets, noisy.weights)
     scored_BL = noisy.weights != 0
     bucket_B = jnp.clip((noisy.ratio * BUCKETS).astype(jnp.int32), 0, BUCKETS - 1)
     in_bucket_BK = (bucket_B[:, None] == jnp.arange(BUCKETS)).astype(jnp.float32)

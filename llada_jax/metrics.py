@@ -20,6 +20,8 @@ PEAK_FLOPS = {
     "NVIDIA H100": 989e12, "NVIDIA H200": 989e12, "NVIDIA A100": 312e12,
 }  # fmt: skip
 
+_PLAIN_SECONDS = 10.0  # between lines where there is no terminal
+
 _ABOUT = """The ELBO weights a row by 1/p, so a row with few masks speaks loudly and `elbo` is a noisy curve. The smooth
 one holds the same quantity: cross-entropy at masked positions, averaged within ten ranges of the mask ratio over the
 recent steps, then over the ranges, since the ELBO is the integral of that cross-entropy over the ratio."""
@@ -76,7 +78,7 @@ class Reporter:
             self._lines = (Path(workdir) / "metrics.jsonl").open("a")
             terminal = sys.stderr.isatty()
             self._bar = tqdm(total=total_steps, initial=first_step, desc=title, unit="step", disable=not terminal)
-            self._plain = not terminal
+            self._plain, self._last_line = not terminal, time.perf_counter()
 
     def step(self, step: int, metrics: dict, data_seconds: float) -> None:
         """Takes one step's metrics (device arrays of a finished step) and writes at every log_every-th."""
@@ -149,7 +151,8 @@ class Reporter:
             return
         smooth, speed = scalars["1_loss/smooth_elbo_nats_per_token"], scalars["4_speed/tokens_per_second"]
         self._bar.set_postfix_str(f"elbo {smooth:.3f} nats/token, {speed:,.0f} tokens/s")
-        if self._plain:
+        if self._plain and (time.perf_counter() - self._last_line > _PLAIN_SECONDS or step == self._total):
+            self._last_line = time.perf_counter()
             left = (self._total - step) * scalars["4_speed/seconds_per_step"]
             mfu = f", MFU {scalars['4_speed/mfu']:.1%}" if "4_speed/mfu" in scalars else ""
             minutes, seconds = divmod(round(left), 60)

@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags, logging
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 
 from llada_jax import checkpoint, cli, losses, optimizer, sharding, train_step
-from llada_jax.config import InputError, ModelConfig, model_config
+from llada_jax.config import InputError, ModelConfig, RunConfig, model_config
 from llada_jax.data import pipeline, prepare, sources
 from llada_jax.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from llada_jax.metrics import Reporter
@@ -24,7 +24,7 @@ from llada_jax.model import parameter_count
 from llada_jax.sampling import chat
 
 
-def train(config: ConfigDict, workdir: str | Path, *, title: str = "train") -> dict[str, float]:
+def train(config: RunConfig, workdir: str | Path, *, title: str = "train") -> dict[str, float]:
     """Runs what `config` says in `workdir`, from its newest checkpoint if it has one; returns the last scalars.
 
     Raises InputError for whatever a user can get wrong, before anything is written where that is possible.
@@ -36,16 +36,16 @@ def train(config: ConfigDict, workdir: str | Path, *, title: str = "train") -> d
     mesh = sharding.make_mesh(dict(config.mesh))
     if workdir.exists() and not workdir.is_dir():
         raise InputError(f"{workdir}: is a file; --workdir names a directory")
+    total, rows_per_step = config.train.steps, config.train.batch_size
+    tokens_per_step = rows_per_step * config.data.row_length
+    phases = dict(total_steps=total, tokens_per_step=tokens_per_step)
+    optax_optimizer = optimizer.make_optimizer(config.optimizer, **phases)
     with _nothing_left_behind(workdir):
         tokenizer, rows, validation = open_data(config, workdir)
         model = fit_to_tokenizer(config, tokenizer)
         checkpoint.claim_workdir(workdir, config)
         tokenizer.save(workdir / "tokenizer")
 
-    total, rows_per_step = config.train.steps, config.train.batch_size
-    tokens_per_step = rows_per_step * config.data.row_length
-    phases = dict(total_steps=total, tokens_per_step=tokens_per_step)
-    optax_optimizer = optimizer.make_optimizer(config.optimizer, **phases)
     with jax.set_mesh(mesh):
         init = jax.jit(train_step.init_state, static_argnums=(0, 1))
         state = init(model, optax_optimizer, jax.random.key(config.train.seed))
@@ -119,7 +119,7 @@ def _opening(model: ModelConfig, mesh, workdir: Path, first: int, total: int, ti
     )
 
 
-def open_data(config: ConfigDict, workdir: Path):
+def open_data(config: RunConfig, workdir: Path):
     """(tokenizer, order of training rows, validation rows or None). Files are prepared into workdir/data."""
     data = config.data
     path = Path(data.path) if data.path else workdir / "data"
@@ -148,7 +148,7 @@ def open_data(config: ConfigDict, workdir: Path):
     return tokenizer, order, validation
 
 
-def _tokenizer(config: ConfigDict, workdir: Path) -> Tokenizer:
+def _tokenizer(config: RunConfig, workdir: Path) -> Tokenizer:
     """The one that the config names, that of the model it starts from, or one trained on the files."""
     data = config.data
     if data.tokenizer:
@@ -174,7 +174,7 @@ def _same_tokenizer(tokenizer: Tokenizer, init_from: str, data_path: Path) -> No
         )
 
 
-def fit_to_tokenizer(config: ConfigDict, tokenizer: Tokenizer) -> ModelConfig:
+def fit_to_tokenizer(config: RunConfig, tokenizer: Tokenizer) -> ModelConfig:
     """Fills in what the tokenizer decides (sizes that are 0, special ids) and checks that the rest fits.
 
     A model that starts from another run takes that run's architecture.
@@ -195,7 +195,7 @@ def fit_to_tokenizer(config: ConfigDict, tokenizer: Tokenizer) -> ModelConfig:
     return model_config(m)
 
 
-def _check(config: ConfigDict) -> None:
+def _check(config: RunConfig) -> None:
     t, d, o = config.train, config.data, config.objective
     context = config.model.max_sequence_length
     if t.init_from:

@@ -24,13 +24,13 @@ class TrainState:
     """All that a run must not lose. The data position is `step`: batch k is a function of (seed, k)."""
 
     step: jax.Array  # int32 []
-    model: Transformer  # float32 masters
+    model: Any  # Transformer, float32 masters (Any: optax's types know no modules)
     opt_state: Any
 
 
 def init_state(config: ModelConfig, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
     """A fresh state. Under jit with a mesh set every array, Adam's moments too, is born sharded."""
-    model = Transformer(config, key)
+    model: Any = Transformer(config, key)
     return TrainState(jnp.zeros((), jnp.int32), model, optimizer.init(model))
 
 

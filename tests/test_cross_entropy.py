@@ -36,7 +36,9 @@ def test_values_and_gradients_are_those_of_the_plain_one(rng, dtype, tolerance, 
     ours = both(lambda *a: scored_cross_entropy(*a, chunk), *args)
     for got, want in zip(ours, both(naive, *args), strict=True):
         want = np.asarray(want, np.float64)
-        np.testing.assert_allclose(np.asarray(got, np.float64), want, rtol=tolerance, atol=tolerance * np.abs(want).max())
+        np.testing.assert_allclose(
+            np.asarray(got, np.float64), want, rtol=tolerance, atol=tolerance * np.abs(want).max()
+        )
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])

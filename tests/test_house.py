@@ -40,7 +40,9 @@ def test_no_module_imports_upwards(path):
     room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
     assert room in FLOOR, f"give {room} a floor"
     for other in {name.split(".")[0] for name in imports(path)} - {room}:
-        assert FLOOR[other] < FLOOR[room] or (FLOOR[other] == FLOOR[room] and room in ("sample",)), f"{room} imports {other}"
+        assert FLOOR[other] < FLOOR[room] or (FLOOR[other] == FLOOR[room] and room in ("sample",)), (
+            f"{room} imports {other}"
+        )
 
 
 @pytest.mark.parametrize("forbidden, rooms", [("jax", ["data"]), ("llada_jax.model", ["diffusion"])])

@@ -10,7 +10,6 @@ import pytest
 from llada_jax.config import PRESETS, InputError
 from llada_jax.model import Transformer, parameter_count, rms_norm, rope
 
-
 WEIGHTS = "attn_norm ff_norm q_proj k_proj v_proj attn_out ff_proj up_proj ff_out".split()
 
 

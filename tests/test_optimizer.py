@@ -25,7 +25,9 @@ def test_llada_pretraining_schedule(step, expected):
     np.testing.assert_allclose(rate(optimizer.LLADA_PRETRAIN, step), expected, rtol=1e-4, atol=1e-12)
 
 
-@pytest.mark.parametrize("step, expected", [(25, 1.25e-5), (50, 2.5e-5), (900, 2.5e-5), (950, 1.375e-5), (1000, 2.5e-6)])
+@pytest.mark.parametrize(
+    "step, expected", [(25, 1.25e-5), (50, 2.5e-5), (900, 2.5e-5), (950, 1.375e-5), (1000, 2.5e-6)]
+)
 def test_llada_sft_schedule(step, expected):
     np.testing.assert_allclose(rate(optimizer.LLADA_SFT, step, total=1000), expected, rtol=1e-5)
 

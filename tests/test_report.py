@@ -147,11 +147,7 @@ def test_nothing_is_loaded_from_elsewhere(rendered):
 
 
 def test_the_last_frame_stands_without_javascript(rendered):
-    tokens = [
-        attrs["class"]
-        for tag, attrs in Page(rendered).tags
-        if "t" in attrs.get("class", "").split()
-    ]
+    tokens = [attrs["class"] for tag, attrs in Page(rendered).tags if "t" in attrs.get("class", "").split()]
     assert tokens == ["t", "t", "t end"]
     assert "<div class=controls hidden>" in rendered
 

@@ -20,7 +20,9 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.fixture
 def couplets_file(tmp_path):
     path = tmp_path / "poems.jsonl"
-    lines = [json.dumps({"text": sources.couplet_text(a, b)}, ensure_ascii=False) for a, b, _ in sources.couplets()[:60]]
+    lines = [
+        json.dumps({"text": sources.couplet_text(a, b)}, ensure_ascii=False) for a, b, _ in sources.couplets()[:60]
+    ]
     path.write_text("\n".join(lines), encoding="utf-8")
     return path
 
@@ -69,7 +71,9 @@ def test_continuing_gives_the_same_bits_as_one_run(run, tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("sizes", [dict(data=2, fsdp=2, tensor=2, context=1), dict(data=1, fsdp=1, tensor=1, context=8)])
+@pytest.mark.parametrize(
+    "sizes", [dict(data=2, fsdp=2, tensor=2, context=1), dict(data=1, fsdp=1, tensor=1, context=8)]
+)
 def test_a_checkpoint_is_read_on_any_mesh(run, tmp_path, sizes):
     train.train(run, tmp_path / "w")
     alone = leaves(checkpoint.load_model(tmp_path / "w"))
@@ -93,7 +97,9 @@ def test_fine_tuning_starts_from_the_model_and_its_tokenizer(run, tmp_path):
     run.data.update(dict(kind="chat", files=str(chat), row_length=40, validation_fraction=0.0))
     run.objective.name, run.train.init_from = "sft", str(tmp_path / "w")
     train.train(run, tmp_path / "sft")
-    assert load_tokenizer(tmp_path / "w/tokenizer").fingerprint == load_tokenizer(tmp_path / "sft/tokenizer").fingerprint
+    assert (
+        load_tokenizer(tmp_path / "w/tokenizer").fingerprint == load_tokenizer(tmp_path / "sft/tokenizer").fingerprint
+    )
     before, after = (leaves(checkpoint.load_model(tmp_path / d)) for d in ("w", "sft"))
     moved = np.mean([np.abs(a - b).mean() / np.abs(a).mean() for a, b in zip(before, after, strict=True)])
     assert 0 < moved < 0.2
@@ -117,7 +123,7 @@ def change(**fields):
         (change(objective__name="sft"), "'sft' needs config.data.kind 'chat'"),
         (change(objective__attention="full"), "sees padding"),
         (change(data__split_fraction=0.3), "needs config.objective.attention 'documents'"),
-        (change(data__files="nothing/*.txt"), "matches no file"),
+        (change(data__files="nothing/*.txt"), "no such file"),
         (change(data__row_length=65), "row_length 65 is longer than the model's context"),
         (change(model__embedding_size=64, model__vocab_size=64), "has no row for each of the tokenizer's"),
         (change(mesh__tensor=3), "does not fit 8 devices"),
@@ -146,7 +152,7 @@ def test_a_tokenizer_that_does_not_match_the_model_is_refused(run, tmp_path, cou
     train.train(run, tmp_path / "w")
     other = tmp_path / "other.txt"
     other.write_text("words of another language " * 40)
-    run.data.files = str(other)
+    run.data.files, run.data.validation_fraction = str(other), 0.0
     run.train.steps = 1
     train.train(run, tmp_path / "v")
     run.data.path, run.train.init_from = str(tmp_path / "v/data"), str(tmp_path / "w")

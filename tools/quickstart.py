@@ -12,12 +12,12 @@ from pathlib import Path
 
 import numpy as np
 from absl import flags, logging
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need not be installed
 
 from llada_jax import checkpoint, cli
-from llada_jax.config import InputError
+from llada_jax.config import InputError, RunConfig
 from llada_jax.data import prepare, sources
 from llada_jax.data.tokenizer import load_tokenizer, train_tokenizer
 from llada_jax.evaluation import reversal
@@ -33,7 +33,7 @@ KINDS = ("llada", "arm")
 NAMES = {"llada": "LLaDA", "arm": "autoregressive control"}
 
 
-def quickstart(config: ConfigDict, workdir: Path) -> dict:
+def quickstart(config: RunConfig, workdir: Path) -> dict:
     """Runs all stages in `workdir` (each continues where it stopped) and returns what report.json holds."""
     start, clock = time.perf_counter(), Clock()
     couplets = choose_couplets(config)
@@ -91,7 +91,7 @@ class Clock:
         self.stages.append({"name": name, "seconds": round(time.perf_counter() - start, 1)})
 
 
-def choose_couplets(config: ConfigDict) -> list[tuple[str, str]]:
+def choose_couplets(config: RunConfig) -> list[tuple[str, str]]:
     """The first couplets of the embedded corpus whose text fits a row of `data.row_length` characters."""
     room = config.data.row_length - 2  # BOS and EOS
     fitting = [(a, b) for a, b, _ in sources.couplets() if len(sources.couplet_text(a, b)) <= room]
@@ -112,7 +112,7 @@ def write_corpus(couplets: Sequence[tuple[str, str]], workdir: Path) -> Path:
     return corpus
 
 
-def split(couplets: Sequence[tuple[str, str]], config: ConfigDict):
+def split(couplets: Sequence[tuple[str, str]], config: RunConfig):
     """(couplets whose questions are taught, couplets whose questions are never seen)."""
     order = np.random.default_rng(config.train.seed).permutation(len(couplets))
     cut = round(config.quickstart.question_share * len(couplets))
@@ -131,7 +131,7 @@ def write_questions(path: Path, couplets: Sequence[tuple[str, str]]) -> None:
                 file.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
 
 
-def _pretraining(config: ConfigDict, kind: str, corpus: Path, workdir: Path) -> ConfigDict:
+def _pretraining(config: RunConfig, kind: str, corpus: Path, workdir: Path) -> RunConfig:
     run = _without_quickstart(config)
     if kind == "arm":  # the same rows in the same order
         run.data.path = str(workdir / "llada/pretrain/data")
@@ -141,7 +141,7 @@ def _pretraining(config: ConfigDict, kind: str, corpus: Path, workdir: Path) -> 
     return run
 
 
-def _fine_tuning(config: ConfigDict, kind: str, workdir: Path) -> ConfigDict:
+def _fine_tuning(config: RunConfig, kind: str, workdir: Path) -> RunConfig:
     run, q = _without_quickstart(config), config.quickstart
     run.train.init_from = str(workdir / kind / "pretrain")
     run.train.steps, run.train.batch_size = q.sft_steps, q.sft_batch_size
@@ -160,7 +160,7 @@ def _fine_tuning(config: ConfigDict, kind: str, workdir: Path) -> ConfigDict:
     return run
 
 
-def _without_quickstart(config: ConfigDict) -> ConfigDict:
+def _without_quickstart(config: RunConfig) -> RunConfig:
     run = config.copy_and_resolve_references().unlock()
     del run.quickstart
     return run
@@ -177,7 +177,8 @@ def compare(models: dict, tokenizer, couplets: Sequence[tuple[str, str]]):
         for kind in KINDS:
             table[kind][direction] = reversal.accuracy(lines[kind, direction], couplets, direction)
         table["arm_ranking"][direction] = reversal.rank(models["arm"], tokenizer, couplets, direction)
-        title = "Next line" if direction == "forward" else "Previous line"
+        first, second = couplets[0]
+        title = f"The line after {first}" if direction == "forward" else f"The line before {second}"
         trajectories.append(_trajectory(tokenizer, title, replay["sampled"], 0, replay["hidden"][0]))
     return table, lines, trajectories
 

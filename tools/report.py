@@ -36,10 +36,7 @@ def render(workdir: str | Path) -> Path:
     """
     workdir = Path(workdir)
     report = _read_report(workdir / "report.json")
-    runs = {
-        name: _read_metrics(workdir / run / "metrics.jsonl")
-        for name, run in report.get("runs", {}).items()
-    }
+    runs = {name: _read_metrics(workdir / run / "metrics.jsonl") for name, run in report.get("runs", {}).items()}
     sections = [
         _reversal(report), _trajectories(report), _examples(report), _questions(report),
         _losses(runs), _ratios(runs), _times(report),
@@ -58,9 +55,7 @@ def _read_report(path: Path) -> dict:
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise InputError(
-            f"no {path}; --workdir is the directory of a finished quickstart"
-        ) from None
+        raise InputError(f"no {path}; --workdir is the directory of a finished quickstart") from None
     except ValueError as error:
         raise InputError(f"{path} is not JSON: {error}") from None
     if not isinstance(report, dict):
@@ -115,15 +110,11 @@ def _claim(report: dict) -> str:
     if "arm" in reversal:
         arm = reversal["arm"]
         claim += (
-            f"; its autoregressive control in <b>{_percent(arm['forward'])}</b> and "
-            f"<b>{_percent(arm['backward'])}</b>"
+            f"; its autoregressive control in <b>{_percent(arm['forward'])}</b> and <b>{_percent(arm['backward'])}</b>"
         )
     if "arm_ranking" in reversal:
         ranking = _percent(reversal["arm_ranking"]["backward"])
-        claim += (
-            ". Asked to rank lines instead of writing one, "
-            f"the control finds {ranking} of the previous lines"
-        )
+        claim += f". Asked to rank lines instead of writing one, the control finds {ranking} of the previous lines"
     return f"<p class=claim>{claim}.</p>"
 
 
@@ -168,16 +159,11 @@ def _questions(report: dict) -> str:
     questions = report.get("questions")
     if not questions:
         return ""
-    groups = [
-        (group, question) for group in ("seen", "unseen") for question in ("forward", "backward")
-    ]
+    groups = [(group, question) for group in ("seen", "unseen") for question in ("forward", "backward")]
     counts = {group: next(iter(questions.values()))[group]["count"] for group in ("seen", "unseen")}
     titles = {"seen": "Asked in training", "unseen": "Never asked"}
     columns = [f"{titles[g]}<small>{counts[g]:,} couplets, {way}</small>" for g, way in groups]
-    rows = [
-        (_name(name), name, [scores[group][way] for group, way in groups])
-        for name, scores in questions.items()
-    ]
+    rows = [(_name(name), name, [scores[group][way] for group, way in groups]) for name, scores in questions.items()]
     return _section(
         "Questions, after fine-tuning",
         _table(columns, rows),
@@ -195,10 +181,7 @@ def _table(columns: list[str], rows: list[tuple[str, str, list]]) -> str:
         ranking = " ranking" if key == "arm_ranking" else ""
         body += f"<tr class='{_kind(key)}{ranking}'><th scope=row>{label}</th>{cells}</tr>"
     heads = "".join(f"<th scope=col>{column}</th>" for column in columns)
-    return (
-        f"<table class=n{len(columns)}><thead><tr><td></td>{heads}</tr></thead>"
-        f"<tbody>{body}</tbody></table>"
-    )
+    return f"<table class=n{len(columns)}><thead><tr><td></td>{heads}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def _bar(share: float) -> str:
@@ -320,8 +303,7 @@ def _curves(smooth: list, raw: list) -> str:
     y = lambda value: height * (1 - value / most)  # noqa: E731
     line = lambda points: " ".join(f"{x(s):.1f},{y(v):.1f}" for s, v in points)  # noqa: E731
     axes = "".join(
-        f"<line x2={width} y1={y(v):.1f} y2={y(v):.1f} />"
-        f"<text x=-6 y={y(v) + 4:.1f} text-anchor=end>{v:g}</text>"
+        f"<line x2={width} y1={y(v):.1f} y2={y(v):.1f} /><text x=-6 y={y(v) + 4:.1f} text-anchor=end>{v:g}</text>"
         for v in _ticks(most, 4)
     )
     for step in _ticks(last, 4):
@@ -435,7 +417,6 @@ _PAGE = """<!doctype html>
 <body><main>$head$body<footer>Made by llada_jax from report.json and the runs' metrics.jsonl; this
 page loads nothing from elsewhere.</footer></main>$script</body></html>
 """
-
 
 
 def main(_argv: list[str]) -> None:

@@ -188,7 +188,7 @@ def _parameter(leaf, dtype, parts: Sequence[files.Stored], stacked: bool, progre
         assert index is not None
         ranges = tuple(s.indices(n)[:2] for s, n in zip(index, leaf.shape, strict=True))
         if ranges not in cache:
-            out = cache[ranges] = np.empty([stop - start for start, stop in ranges], dtype)
+            out = cache[ranges] = _aligned([stop - start for start, stop in ranges], dtype)
             layers, rest = (parts[index[0]], index[1:]) if stacked else (parts, index)
             for target, part in zip(out if stacked else [out], layers, strict=True):
                 source = part.map().reshape(leaf.shape[1:] if stacked else leaf.shape)[rest]
@@ -199,6 +199,14 @@ def _parameter(leaf, dtype, parts: Sequence[files.Stored], stacked: bool, progre
     return jax.block_until_ready(jax.make_array_from_callback(leaf.shape, leaf.sharding, read, dtype=dtype))
 
 
+def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+    """Uninitialised memory that XLA on CPU takes over as it is; of other memory it keeps a copy beside the original."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    memory = np.empty(nbytes + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + nbytes].view(dtype).reshape(shape)
+
+
 @jax.jit
 def _layer(x: jax.Array, layer: int) -> jax.Array:
     return jax.lax.dynamic_index_in_dim(x, layer, keepdims=False)
@@ -206,7 +214,7 @@ def _layer(x: jax.Array, layer: int) -> jax.Array:
 
 def _whole(x: jax.Array, layer: int | None) -> np.ndarray:
     """A parameter, or one layer of it, gathered to this host."""
-    part = x if layer is None else _layer(x, layer)
+    part = jnp.copy(x) if layer is None else _layer(x, layer)  # never x itself: an array keeps what was fetched of it
     if not part.is_fully_addressable:
         part = multihost_utils.process_allgather(part, tiled=True)
     return np.asarray(part)
@@ -248,8 +256,11 @@ def _token_ids(directory: Path) -> dict[str, int]:
     path = directory / "tokenizer.json"
     if not path.is_file():
         return {}
-    added = hf_config.parse(path.read_text("utf-8", errors="replace"), str(path)).get("added_tokens") or []
-    return {token["content"]: token["id"] for token in added}
+    tokenizer = hf_config.parse(path.read_text("utf-8", errors="replace"), str(path))
+    try:
+        return {token["content"]: token["id"] for token in tokenizer.get("added_tokens") or []}
+    except (TypeError, KeyError) as error:
+        raise InputError(f"{path}: added_tokens is not a list of tokens; copy it again") from error
 
 
 def _size(text: str | int) -> int:

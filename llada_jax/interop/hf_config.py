@@ -176,9 +176,9 @@ def write_config(c: ModelConfig, dtype: str) -> str:
 
 
 def _family(raw: dict, where: str) -> str:
-    model_type, architectures = raw.get("model_type"), raw.get("architectures") or []
+    model_type, architectures = raw.get("model_type"), raw.get("architectures")
     for family, architecture in MODEL_TYPES.items():
-        if model_type == family or (model_type is None and architecture in architectures):
+        if model_type == family or (model_type is None and architectures == [architecture]):
             return family
     given = model_type or architectures or "missing"
     raise InputError(f"{where}: model_type {given!r} is not one of {', '.join(MODEL_TYPES)}")
@@ -198,9 +198,6 @@ def _refuse(raw: dict, family: str, dtype: str, where: str) -> None:
         refused.append(f"rope_scaling {json.dumps(raw['rope_scaling'])}")
     if raw.get("rope_full_precision", True) is not True and dtype != "float32":
         refused.append("rope_full_precision false (in bfloat16; load with dtype float32)")
-    heads, size = raw.get("num_attention_heads"), raw.get("hidden_size")
-    if raw.get("head_dim") is not None and family == "illada" and raw["head_dim"] * heads != size:
-        refused.append(f"head_dim {raw['head_dim']} (only hidden_size / num_attention_heads)")
     if refused:
         raise InputError(f"{where}: this model cannot compute {'; '.join(refused)}")
 
@@ -220,6 +217,9 @@ def _architecture(raw: dict, family: str, where: str) -> dict:
     fields["n_kv_heads"] = _kv_heads(raw, fields, where)
     if family == "illada":
         fields["vocab_size"] = fields["embedding_size"]
+        size = raw.get("head_dim")
+        if size is not None and _natural(size, "head_dim", where) * fields["n_heads"] != fields["d_model"]:
+            raise InputError(f"{where}: this model cannot compute head_dim {size} (only hidden_size / heads)")
     fields["embedding_size"] = fields["embedding_size"] or fields["vocab_size"]
     if fields["mlp_hidden_size"] is None:
         fields["mlp_hidden_size"] = (_integer(raw, "mlp_ratio", where) or 0) * fields["d_model"]
