@@ -1,1 +1,23 @@
 """LLaDA in JAX: pre-training, fine-tuning, sampling and scoring of masked-diffusion language models."""
+
+import importlib
+
+_HOMES = {
+    "ModelConfig": "config",
+    "Transformer": "model",
+    "generate": "sampling.reverse",
+    "load": "interop.hf",
+    "log_likelihood": "likelihood",
+    "log_likelihood_from_masks": "likelihood",
+    "pretrain_loss": "losses",
+    "save_hf": "interop.hf",
+    "sft_loss": "losses",
+}
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str):
+    """Public names are imported when first used: command lines and worker processes start fast."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'llada_jax' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"llada_jax.{_HOMES[name]}"), name)

@@ -19,7 +19,7 @@ from llada_jax.train_step import TrainState
 # What may change between two runs in one workdir; everything else is refused.
 _HARMLESS = (
     "config.train.log_every", "config.train.eval_every", "config.train.sample_every", "config.train.sample_prompt",
-    "config.train.microbatches", "config.data.threads", "config.checkpoint.", "config.mesh.",
+    "config.train.microbatches", "config.train.steps", "config.data.threads", "config.checkpoint.", "config.mesh.",
 )  # fmt: skip
 
 

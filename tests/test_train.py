@@ -57,15 +57,11 @@ def test_a_run_leaves_everything_that_is_needed_to_use_it(run, tmp_path):
 
 
 def test_continuing_gives_the_same_bits_as_one_run(run, tmp_path):
-    train.train(run, tmp_path / "whole")
     half = run.copy_and_resolve_references()
     half.train.steps = 2
     half.optimizer.schedule = run.optimizer.schedule = (("constant", 1e-3, "100%"),)
     train.train(run, tmp_path / "once")
     train.train(half, tmp_path / "twice")
-    config = json.loads((tmp_path / "twice/config.json").read_text())
-    config["train"]["steps"] = 4
-    (tmp_path / "twice/config.json").write_text(json.dumps(config))
     train.train(run, tmp_path / "twice")
     for a, b in zip(*(leaves(checkpoint.load_model(tmp_path / d)) for d in ("once", "twice")), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -82,9 +78,6 @@ def test_a_checkpoint_is_read_on_any_mesh(run, tmp_path, sizes):
         np.testing.assert_array_equal(a, b)
     run.mesh.update(sizes)
     run.train.steps = 6
-    config = json.loads((tmp_path / "w/config.json").read_text())
-    config["train"]["steps"] = 6
-    (tmp_path / "w/config.json").write_text(json.dumps(config))
     train.train(run, tmp_path / "w")
     assert metrics(tmp_path / "w")[-1]["step"] >= 5
 
