@@ -24,7 +24,7 @@ def _stds(c: ModelConfig, fan_in: int, depth=None):
     """Standard deviation of a weight; `depth` (layer index from 1) for those that write to the residual stream.
 
     mitchell (LLaDA): 1/√fan_in, residual writers also ÷ √(2·depth). normal (iLLaDA): init_std, residual writers
-    ÷ √(2·layers).
+    ÷ √(2·layers), embeddings 1/√(2·d_model).
     """
     if c.init == "mitchell":
         return fan_in**-0.5 if depth is None else fan_in**-0.5 / jnp.sqrt(2.0 * depth)
@@ -74,7 +74,8 @@ class Transformer(nnx.Module):
         keys = jax.random.split(key, 3)
         self.config = c
         rows = (c.embedding_size, c.d_model)
-        self.wte = _weight(keys[0], rows, ("tensor", "fsdp"), _stds(c, c.d_model))
+        wte_std = _stds(c, c.d_model) if c.init == "mitchell" else (2 * c.d_model) ** -0.5
+        self.wte = _weight(keys[0], rows, ("tensor", "fsdp"), wte_std)
         depths = jnp.arange(1, c.n_layers + 1, dtype=jnp.float32)
         self.blocks = jax.vmap(lambda key, depth: Block(c, key, depth))(jax.random.split(keys[1], c.n_layers), depths)
         self.ln_f = nnx.Param(jnp.ones(c.d_model))

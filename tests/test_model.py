@@ -61,6 +61,23 @@ def numpy_forward(model, tokens, segments):
     return norm(x, get(model.ln_f)) @ get(model.head).T
 
 
+@pytest.mark.parametrize("init", ["mitchell", "normal"])
+def test_initial_standard_deviations(tiny, init):
+    c = dataclasses.replace(tiny, d_model=256, mlp_hidden_size=512, n_heads=4, n_kv_heads=4, n_layers=3, init=init)
+    model = Transformer(c, jax.random.key(0))
+    std = lambda w: float(np.std(np.asarray(w)) / 0.9866)  # normal, cut at three standard deviations
+    depth = np.arange(1, 4)
+    wanted = {
+        "mitchell": (1 / 16, 1 / 16, 1 / 16 / np.sqrt(2 * depth), 512**-0.5 / np.sqrt(2 * depth)),
+        "normal": (512**-0.5, 0.02, 0.02 / np.sqrt([6, 6, 6]), 0.02 / np.sqrt([6, 6, 6])),
+    }[init]
+    assert std(model.wte[...]) == pytest.approx(wanted[0], rel=0.02)
+    assert std(model.blocks.up_proj[...]) == pytest.approx(wanted[1], rel=0.02)
+    for i in range(3):
+        assert std(model.blocks.attn_out[i]) == pytest.approx(wanted[2][i], rel=0.02)
+        assert std(model.blocks.ff_out[i]) == pytest.approx(wanted[3][i], rel=0.02)
+
+
 @pytest.mark.parametrize("remat", ["full", "dots"])
 def test_rematerialisation_changes_no_gradient(tiny, remat):
     tokens = jnp.arange(24).reshape(2, 12)
