@@ -18,6 +18,6 @@ def get_config():
     config.checkpoint.every_steps = 1000
     config.quickstart.couplets = 0  # all
     config.quickstart.sft_steps = 900
-    config.quickstart.sft_row_length = 40
+    config.quickstart.sft_row_length = 38
     config.quickstart.sft_text_weight = 0.5
     return config.lock()

@@ -4,11 +4,12 @@ A workdir holds checkpoints/STEP/{model,optimizer}, config.json and the tokenize
 """
 
 import json
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import jax
-from absl import logging
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
@@ -29,8 +30,9 @@ class Checkpointer:
     def __init__(self, workdir: str | Path, config: RunConfig):
         training: Any = ocp.training  # its policies do not match the types of its own protocol
         self._metadata = {"config": config.to_dict()}
+        self._directory = Path(workdir).resolve() / "checkpoints"
         self._orbax = training.Checkpointer(
-            epath.Path(workdir).resolve() / "checkpoints",
+            epath.Path(self._directory),
             save_decision_policy=training.save_decision_policies.FixedIntervalPolicy(config.checkpoint.every_steps),
             preservation_policy=training.preservation_policies.LatestN(config.checkpoint.keep),
             cleanup_tmp_directories=True,
@@ -56,8 +58,13 @@ class Checkpointer:
         )
 
     def close(self) -> None:
-        """Waits for the last save; an error of the background writer is raised here."""
-        self._orbax.close()
+        """Waits for the last save; an error of the background writer is raised here. What was half written goes."""
+        try:
+            self._orbax.close()
+        finally:
+            if jax.process_index() == 0:
+                for path in self._directory.glob("*.orbax-checkpoint-tmp"):
+                    shutil.rmtree(path, ignore_errors=True)
 
 
 def load_model(path: str | Path, mesh=None) -> Transformer:
@@ -111,8 +118,8 @@ def claim_workdir(workdir: str | Path, config: RunConfig) -> None:
             raise InputError(
                 f"{workdir} holds another run: {'; '.join(refused)}. Choose another --workdir, or undo the change"
             )
-        for line in changed:
-            logging.warning("continuing with %s", line)
+        if changed:
+            print(f"{workdir}: continuing with {'; '.join(changed)}", file=sys.stderr)
     temporary = workdir / "config.json.tmp"
     temporary.write_text(json.dumps(config.to_dict(), indent=1, sort_keys=True, ensure_ascii=False))
     temporary.replace(workdir / "config.json")

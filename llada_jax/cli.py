@@ -4,7 +4,7 @@ import errno
 import sys
 from collections.abc import Callable
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from llada_jax.config import InputError
@@ -14,6 +14,7 @@ def run(main: Callable[[list[str]], None]) -> None:
     """`app.run(main)`; a wrong flag, an InputError or a full disk prints one line and exits with code 2."""
 
     def guarded(argv: list[str]) -> None:
+        logging.set_verbosity(logging.FATAL)  # Orbax logs at length, and raises what matters
         if len(argv) > 1:
             fail(f"unexpected argument {argv[1]!r}; flags are written --name=value")
         try:

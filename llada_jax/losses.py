@@ -102,6 +102,48 @@ def noisy_loss(model, noisy: NoisyBatch) -> tuple[jax.Array, dict[str, jax.Array
     return loss, jax.lax.stop_gradient(sums)
 
 
+def pretrain_loss(model, tokens, masked, mask_ratio) -> jax.Array:
+    """The pre-training loss of noise drawn elsewhere, float32 scalar: Σ over masked of CE / ratio / (B · L).
+
+    tokens: int [B, L] before masking. masked: bool [B, L]. mask_ratio: float [B] or [B, L]. Differentiable in the
+    model. Raises InputError when shapes differ.
+    """
+    tokens_BL, masked_BL, ratio_BL = _drawn(tokens, masked, mask_ratio)
+    return _masked_loss(model, tokens_BL, masked_BL, ratio_BL, 1.0 / tokens_BL.size)
+
+
+def sft_loss(model, tokens, masked, mask_ratio, prompt_lengths) -> jax.Array:
+    """The fine-tuning loss of noise drawn elsewhere: mean over rows of Σ over masked of CE / ratio / answer length.
+
+    As `pretrain_loss`; prompt_lengths: int [B]. What is masked in a prompt is put back; all that follows it, padding
+    with EOS included, is answer.
+    """
+    tokens_BL, masked_BL, ratio_BL = _drawn(tokens, masked, mask_ratio)
+    prompt_B, (B, L) = jnp.asarray(prompt_lengths), tokens_BL.shape
+    if prompt_B.shape != (B,):
+        raise InputError(f"prompt_lengths has shape {prompt_B.shape}; it must be ({B},), one for each row")
+    masked_BL &= jnp.arange(L) >= prompt_B[:, None]
+    return _masked_loss(model, tokens_BL, masked_BL, ratio_BL, 1.0 / (jnp.maximum(L - prompt_B, 1) * B)[:, None])
+
+
+def _drawn(tokens, masked, mask_ratio) -> tuple[jax.Array, jax.Array, jax.Array]:
+    tokens_BL, masked_BL = jnp.asarray(tokens, jnp.int32), jnp.asarray(masked, bool)
+    ratio = jnp.asarray(mask_ratio, jnp.float32)
+    if tokens_BL.ndim != 2 or tokens_BL.size == 0 or masked_BL.shape != tokens_BL.shape:
+        raise InputError(f"tokens has shape {tokens_BL.shape} and masked {masked_BL.shape}; both must be [rows, length]")
+    if ratio.shape not in (tokens_BL.shape[:1], tokens_BL.shape):
+        raise InputError(f"mask_ratio has shape {ratio.shape}; it must be {tokens_BL.shape[:1]} or {tokens_BL.shape}")
+    ratio_BL = jnp.broadcast_to(ratio[:, None] if ratio.ndim == 1 else ratio, tokens_BL.shape)
+    return tokens_BL, masked_BL, ratio_BL
+
+
+def _masked_loss(model, tokens_BL, masked_BL, ratio_BL, share) -> jax.Array:
+    """Σ over masked of CE / ratio · share."""
+    weights_BL = jnp.where(masked_BL, share / ratio_BL, 0.0)
+    noisy_BL = jnp.where(masked_BL, model.config.mask_token_id, tokens_BL)
+    return noisy_loss(model, NoisyBatch(noisy_BL, tokens_BL, weights_BL, ratio_BL[:, 0], segment_ids=None))[0]
+
+
 def _corrupt(batch: Batch, key, model: ModelConfig, objective):
     return diffusion.corrupt(
         key, batch.tokens, batch.maskable, model.mask_token_id, eps=objective.eps, stratified=objective.stratified

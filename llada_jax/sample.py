@@ -9,7 +9,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from absl import flags, logging
+from absl import flags
 
 from llada_jax import checkpoint, cli
 from llada_jax.config import InputError
@@ -34,7 +34,6 @@ def main(_argv: list[str]) -> None:
         raise InputError("--checkpoint is needed: the --workdir of a training run")
     if not _PROMPT.value or not all(_PROMPT.value):
         raise InputError("--prompt is needed and must not be empty")
-    logging.set_verbosity(logging.WARNING)
     workdir = Path(_CHECKPOINT.value)
     config = checkpoint.load_config(workdir)
     if config["objective"]["name"] == "autoregressive":

@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import flags, logging
+from absl import flags
 from ml_collections import config_flags
 
 from llada_jax import checkpoint, cli, losses, optimizer, sharding, train_step
@@ -283,7 +283,6 @@ def main(_argv: list[str]) -> None:
     config, workdir = flags.FLAGS.config, flags.FLAGS.workdir
     if config is None or not workdir:
         raise InputError("--config=configs/NAME.py and --workdir=DIR are needed")
-    logging.set_verbosity(logging.WARNING)  # Orbax is talkative
     train(config, workdir)
 
 

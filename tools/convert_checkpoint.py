@@ -16,7 +16,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import flags, logging
+from absl import flags
 from tqdm import tqdm
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # the checkout
@@ -38,7 +38,6 @@ VERIFY = flags.DEFINE_bool("verify", False, "Compare the logits of both sides on
 
 
 def main(_argv: list[str]) -> None:
-    logging.set_verbosity(logging.WARNING)  # Orbax is talkative
     source, target = Path(SOURCE.value), Path(TARGET.value)
     with hf.new_directory(target) as made:
         with _bar("read", sum(file.stat().st_size for file in source.glob("*.safetensors"))) as bar:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from absl import flags, logging
+from absl import flags
 from ml_collections import config_flags
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need not be installed
@@ -27,8 +27,8 @@ from llada_jax.train import train
 from tools import report
 
 # The first phrasing of each direction is the one that is asked; all are taught.
-FORWARD = ("{}的下一句是什么？", "请接下一句：{}", "{}，下一句是？", "“{}”的后面是哪一句？")
-BACKWARD = ("{}的上一句是什么？", "请接上一句：{}", "{}，上一句是？", "“{}”的前面是哪一句？")
+FORWARD = ("{}的下一句是什么？", "请接下一句：{}", "{}，下一句是？")
+BACKWARD = ("{}的上一句是什么？", "请接上一句：{}", "{}，上一句是？")
 KINDS = ("llada", "arm")
 NAMES = {"llada": "LLaDA", "arm": "autoregressive control"}
 
@@ -270,7 +270,6 @@ def main(_argv: list[str]) -> None:
         raise InputError("--config=configs/quickstart.py and --workdir=DIR are needed")
     if "quickstart" not in config:
         raise InputError("--config: has no group 'quickstart'; use configs/quickstart.py or one like it")
-    logging.set_verbosity(logging.WARNING)
     result = quickstart(config, Path(workdir))
     for trajectory in result["trajectories"]:
         print(trajectory["title"])

@@ -65,13 +65,15 @@ def sample(
     The ids default to those of the model's config. Raises InputError when lengths do not divide or do not fit.
     """
     ids = _ids(model.config, mask_id, eos_id, eot_id)
-    prompt = np.asarray(prompt, np.int32)
+    prompt = np.asarray(prompt)
+    _check_tokens(model.config, prompt, attention_mask, ids[0])
     B, P = prompt.shape
-    _check(model.config, B, P, gen_length, steps, block_length, temperature, remasking)
-    canvas = np.concatenate([prompt, np.full((B, gen_length), ids[0], np.int32)], axis=1)
+    _check(model.config, P, gen_length, steps, block_length, temperature, cfg_scale, remasking)
+    canvas = np.concatenate([prompt, np.full((B, gen_length), ids[0])], axis=1).astype(np.int32)
     visible = None
     if attention_mask is not None and not np.all(attention_mask):
-        visible = np.concatenate([np.asarray(attention_mask, np.int32), np.ones((B, gen_length), np.int32)], axis=1)
+        real = np.asarray(attention_mask) != 0
+        visible = np.concatenate([real, np.ones((B, gen_length), bool)], axis=1).astype(np.int32)
     options = Options(
         P, block_length, steps, temperature, cfg_scale, remasking, logits_eos_inf, confidence_eos_eot_inf, *ids,
         infill=bool((prompt == ids[0]).any()),
@@ -98,8 +100,15 @@ class Options:
 
 
 @functools.partial(jax.jit, static_argnames="options")
-def reverse(model, canvas_BS: jax.Array, visible_BS: jax.Array | None, key: jax.Array, options: Options) -> Sampled:
-    """Fills every mask of the canvas; `visible` int32 [B, S] hides keys where it is 0."""
+def reverse(
+    model, canvas_BS: jax.Array, visible_BS: jax.Array | None, key: jax.Array, options: Options,
+    draws: tuple[jax.Array | None, jax.Array | None] = (None, None),
+) -> Sampled:  # fmt: skip
+    """Fills every mask of the canvas; `visible` int32 [B, S] hides keys where it is 0.
+
+    draws: Gumbel noise [steps, B, S, V] and the confidences of random remasking [steps, B, S], each to take instead of
+    drawing it from the key, so that other code can be followed draw by draw.
+    """
     o = options
     B, S = canvas_BS.shape
     blocks = (S - o.start) // o.block_length
@@ -107,6 +116,7 @@ def reverse(model, canvas_BS: jax.Array, visible_BS: jax.Array | None, key: jax.
     width, whole = (S, True) if o.infill else (o.block_length, False)
     given_BS = canvas_BS != o.mask_id
     columns_S = jnp.arange(S)
+    noise_TBSV, order_TBS = draws
 
     def logits(x_BS, first):
         """[B, width, V] float32 at the window that starts at column `first`."""
@@ -130,20 +140,22 @@ def reverse(model, canvas_BS: jax.Array, visible_BS: jax.Array | None, key: jax.
 
         def step(carry):
             i, (x_BS, step_BS, probability_BS) = carry
-            step_key = jax.random.fold_in(key, b * steps + i)
-            out_BWV = logits(x_BS, first)
-            x_BW = jax.lax.dynamic_slice_in_dim(x_BS, first, width, axis=1)
-            chosen_BW = select.choose(step_key, out_BWV, o.temperature, o.mask_id)
+            noise_key, order_key = jax.random.split(jax.random.fold_in(key, b * steps + i))
+            window = lambda x_BS: jax.lax.dynamic_slice_in_dim(x_BS, first, width, axis=1)
+            from_end_W = S - 1 - first - jnp.arange(width)  # by what draws are keyed: the same for any left padding
+            noise_BWV = None if noise_TBSV is None else window(noise_TBSV[b * steps + i])
+            out_BWV, x_BW = logits(x_BS, first), window(x_BS)
+            chosen_BW = select.choose(noise_key, out_BWV, o.temperature, o.mask_id, from_end_W, noise_BWV)
             last = (o.eos_id, o.eot_id) if o.confidence_eos_eot_inf else ()
             score_BW = log_odds_BW = select.confidence(out_BWV, chosen_BW, last)
             if o.remasking == "random":
-                score_BW = jax.random.uniform(jax.random.fold_in(step_key, 1), (B, width))
+                given = order_TBS is not None
+                score_BW = window(order_TBS[b * steps + i]) if given else select.random_score(order_key, B, from_end_W)
             open_BW = (x_BW == o.mask_id) & (first + jnp.arange(width) < end)
             commit_BW = select.most_confident(score_BW, open_BW, select.quota(masks_B, steps, i))
 
             def put(old_BS, new_BW):
-                old_BW = jax.lax.dynamic_slice_in_dim(old_BS, first, width, axis=1)
-                new_BW = jnp.where(commit_BW, new_BW.astype(old_BS.dtype), old_BW)
+                new_BW = jnp.where(commit_BW, new_BW.astype(old_BS.dtype), window(old_BS))
                 return jax.lax.dynamic_update_slice_in_dim(old_BS, new_BW, first, axis=1)
 
             now_BW = jnp.where(commit_BW, b * steps + i, 0)
@@ -206,19 +218,33 @@ def _ids(c, mask_id, eos_id, eot_id) -> tuple[int, int, int]:
     return tuple(d if g is None else g for g, d in zip(given, default, strict=True))
 
 
-def _check(c, B, P, gen_length, steps, block_length, temperature, remasking) -> None:
-    def require(ok, message):
-        if not ok:
-            raise InputError(message)
+def _check_tokens(c, prompt: np.ndarray, attention_mask, mask_id: int) -> None:
+    _require(prompt.ndim == 2, f"the prompt has shape {prompt.shape}; it must be [rows, tokens]")
+    _require(prompt.size > 0, "the prompt is empty")
+    for token in (int(prompt.min()), int(prompt.max()), mask_id):
+        _require(
+            0 <= token < c.embedding_size, f"token {token} is outside the {c.embedding_size} rows of the embedding"
+        )
+    _require(
+        attention_mask is None or np.shape(attention_mask) == prompt.shape,
+        f"attention_mask has shape {np.shape(attention_mask)}, the prompt {prompt.shape}; they must be equal",
+    )
 
-    require(B > 0 and P > 0, "the prompt is empty")
-    require(min(gen_length, steps, block_length) > 0, "gen_length, steps and block_length must be positive")
-    require(gen_length % block_length == 0, f"gen_length {gen_length} is not a multiple of block_length {block_length}")
+
+def _check(c, P, gen_length, steps, block_length, temperature, cfg_scale, remasking) -> None:
+    _require(min(gen_length, steps, block_length) > 0, "gen_length, steps and block_length must be positive")
+    _require(gen_length % block_length == 0, f"gen_length {gen_length} is not a multiple of block_length {block_length}")
     blocks = gen_length // block_length
-    require(steps % blocks == 0, f"steps {steps} is not a multiple of the number of blocks, {blocks}")
-    require(
+    _require(steps % blocks == 0, f"steps {steps} is not a multiple of the number of blocks, {blocks}")
+    _require(
         P + gen_length <= c.max_sequence_length,
         f"prompt ({P}) and gen_length ({gen_length}) exceed the model's context of {c.max_sequence_length} tokens",
     )
-    require(temperature >= 0, f"temperature {temperature} is negative")
-    require(remasking in ("low_confidence", "random"), f"remasking {remasking!r} is not one of low_confidence, random")
+    _require(temperature >= 0, f"temperature {temperature} is negative")
+    _require(cfg_scale >= 0, f"cfg_scale {cfg_scale} is negative")
+    _require(remasking in ("low_confidence", "random"), f"remasking {remasking!r} is not one of low_confidence, random")
+
+
+def _require(ok, message: str) -> None:
+    if not ok:
+        raise InputError(message)

@@ -1,24 +1,51 @@
 """What to put at a masked position, how sure the model is of it, and which positions to commit.
 
 B rows, W columns of a window, V vocabulary.
+
+Every row and column draws with a key of its own, so that what a row gets depends neither on how many rows are sampled
+beside it nor on how wide the window is. (Drawn at once for a whole [B, W, V], high-range Gumbel noise does: its low
+bits come from a second half of the draw, which begins where the rows end.)
 """
 
 import jax
 import jax.numpy as jnp
 
+from llada_jax.sharding import BATCH, reshard
+
 _LAST = -1e30  # score of what may be committed, but only when nothing else is left
 
 
-def choose(key: jax.Array, logits_BWV: jax.Array, temperature: float, mask_id: int) -> jax.Array:
+def choose(
+    key: jax.Array, logits_BWV: jax.Array, temperature: float, mask_id: int,
+    columns_W: jax.Array | None = None, noise_BWV: jax.Array | None = None,
+) -> jax.Array:  # fmt: skip
     """The predicted token, int32 [B, W]: argmax of logits + temperature · Gumbel noise. MASK is never predicted.
 
-    The noise is drawn in high-range mode: ordinary float32 noise ends at 15.9 and could never choose a token far below
-    the best one (arXiv 2409.02908 on why low precision harms samples).
+    columns: numbers of the window's columns, 0..W-1 by default. noise: Gumbel noise to take instead of drawing it.
     """
     logits_BWV = _without(logits_BWV, (mask_id,))
     if temperature > 0:
-        logits_BWV += temperature * jax.random.gumbel(key, logits_BWV.shape, jnp.float32, mode="high")
+        logits_BWV += temperature * (_gumbel(key, logits_BWV.shape, columns_W) if noise_BWV is None else noise_BWV)
     return jnp.argmax(logits_BWV, axis=-1).astype(jnp.int32)
+
+
+def _gumbel(key: jax.Array, shape: tuple[int, int, int], columns_W: jax.Array | None) -> jax.Array:
+    """In high-range mode: ordinary float32 noise ends at 15.9 and could never choose a token far below the best one
+    (arXiv 2409.02908 on why low precision harms samples)."""
+    B, W, V = shape
+    draw = lambda key: jax.random.gumbel(key, (V,), jnp.float32, mode="high")
+    return jax.vmap(jax.vmap(draw))(_keys(key, B, jnp.arange(W) if columns_W is None else columns_W))
+
+
+def random_score(key: jax.Array, rows: int, columns_W: jax.Array) -> jax.Array:
+    """Uniform draws, float32 [B, W]: the confidence of remasking="random"."""
+    return jax.vmap(jax.vmap(jax.random.uniform))(_keys(key, rows, columns_W))
+
+
+def _keys(key: jax.Array, rows: int, columns_W: jax.Array) -> jax.Array:
+    """One key for each row and column, [B, W]."""
+    keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, reshard(jnp.arange(rows), BATCH))
+    return jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))(keys_B, columns_W)
 
 
 def confidence(logits_BWV: jax.Array, tokens_BW: jax.Array, last_ids: tuple[int, ...] = ()) -> jax.Array:
