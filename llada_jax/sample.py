@@ -51,7 +51,7 @@ def main(_argv: list[str]) -> None:
 
 
 def _sample(model, tokenizer: Tokenizer, ids: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """The sampled row [S], and the row after every step [steps, S]. Infilling alone takes the prompt as a whole text."""
+    """The sampled row [S], and the row after every step [steps, S]. Infilling alone takes the prompt for a whole text."""
     key = jax.random.key(_SEED.value)
     has_masks = tokenizer.mask_id in ids
     gen_length = _GEN_LENGTH.value if _GEN_LENGTH.value is not None else (0 if has_masks else 32)
@@ -59,7 +59,9 @@ def _sample(model, tokenizer: Tokenizer, ids: list[int]) -> tuple[np.ndarray, np
         if _CFG_SCALE.value or _REMASKING.value != "low_confidence" or _BLOCK_LENGTH.value:
             raise InputError("infilling alone takes no --cfg_scale, --remasking or --block_length; give --gen_length")
         steps = _STEPS.value or ids.count(tokenizer.mask_id)
-        sampled = reverse.infill(model, np.asarray([[*ids, tokenizer.eos_id]]), steps=steps, temperature=_TEMPERATURE.value, key=key)
+        sampled = reverse.infill(
+            model, np.asarray([[*ids, tokenizer.eos_id]]), steps=steps, temperature=_TEMPERATURE.value, key=key
+        )
         return np.asarray(sampled.tokens)[0], sampled.trajectory(steps, tokenizer.mask_id)[:, 0]
     steps = _STEPS.value or gen_length + ids.count(tokenizer.mask_id)
     tokens, trajectory = reverse.generate(

@@ -47,18 +47,9 @@ def train(config: RunConfig, workdir: str | Path, *, title: str = "train") -> di
         tokenizer.save(workdir / "tokenizer")
 
     with jax.set_mesh(mesh):
-        init = jax.jit(train_step.init_state, static_argnums=(0, 1))
-        state = init(model, optax_optimizer, jax.random.key(config.train.seed))
         saver = checkpoint.Checkpointer(workdir, config)
-        if saver.latest is not None:
-            state = saver.restore(state)
-        elif config.train.init_from:
-            state.model = checkpoint.load_model(config.train.init_from, mesh)
+        state = _start(config, model, optax_optimizer, saver, mesh)
         first = int(state.step)
-        step_fn = train_step.make_train_step(
-            optax_optimizer, objective, config.objective, microbatches=config.train.microbatches
-        )
-        eval_fn = train_step.make_eval_step(objective, config.objective)
         schedule = optimizer.make_schedule(config.optimizer.schedule, **phases)
         reporter = Reporter(
             workdir, model, rows=rows_per_step, length=config.data.row_length,
@@ -66,32 +57,54 @@ def train(config: RunConfig, workdir: str | Path, *, title: str = "train") -> di
             total_steps=total, first_step=first, log_every=config.train.log_every, title=title,
         )  # fmt: skip
         reporter.say(_opening(model, mesh, workdir, first, total, title))
-        key = jax.random.fold_in(jax.random.key(config.train.seed), 1)
-        last: dict[str, float] = {}
+        step_fn = train_step.make_train_step(
+            optax_optimizer, objective, config.objective, microbatches=config.train.microbatches
+        )
+        eval_fn = train_step.make_eval_step(objective, config.objective)
+        evaluate = lambda model: _evaluate(eval_fn, model, config, validation, tokenizer, mesh)
+        batches = _batches(config, rows, tokenizer, first, mesh)
         try:
-            pending = None
-            for step, batch, waited in _timed(_batches(config, rows, tokenizer, first, mesh), first):
-                state, metrics = step_fn(state, batch, key)
-                if pending is not None:  # fetched one step late, so that the device never waits for the host
-                    reporter.step(*pending)
-                pending = (step, metrics, waited)
-                saver.save(step, state, force=step == total)
-                if _due(step, config.train.eval_every, total) and validation is not None:
-                    reporter.step(*pending)
-                    pending = None
-                    last = reporter.evaluation(
-                        step, _evaluate(eval_fn, state.model, config, validation, tokenizer, mesh)
-                    )
-                    reporter.restart_clock()
-                if _due(step, config.train.sample_every, total) and config.train.sample_prompt:
-                    text = chat.complete(state.model, tokenizer, config.train.sample_prompt)
-                    reporter.text(step, "sample", text)
-                    reporter.restart_clock()
-            if pending is not None:
-                reporter.step(*pending)
+            return _loop(config, state, step_fn, batches, evaluate if validation else None, tokenizer, saver, reporter)
         finally:
             saver.close()
             reporter.close()
+
+
+def _start(config: RunConfig, model: ModelConfig, optax_optimizer, saver, mesh) -> train_step.TrainState:
+    """The state of the newest checkpoint; else a fresh one, with the weights of `init_from` if that is set."""
+    init = jax.jit(train_step.init_state, static_argnums=(0, 1))
+    state = init(model, optax_optimizer, jax.random.key(config.train.seed))
+    if saver.latest is not None:
+        return saver.restore(state)
+    if config.train.init_from:
+        weights = jax.tree.leaves(checkpoint.load_model(config.train.init_from, mesh))
+        state.model = jax.tree.unflatten(jax.tree.structure(state.model), weights)
+    return state
+
+
+def _loop(config, state, step_fn, batches, evaluate, tokenizer, saver, reporter) -> dict[str, float]:
+    """Steps until the batches end; returns the scalars of the last validation.
+
+    Metrics are fetched one step late, so that the device never waits for the host.
+    """
+    key = jax.random.fold_in(jax.random.key(config.train.seed), 1)
+    total, last, pending = config.train.steps, {}, None
+    for step, batch, waited in _timed(batches, int(state.step)):
+        state, metrics = step_fn(state, batch, key)
+        if pending is not None:
+            reporter.step(*pending)
+        pending = (step, metrics, waited)
+        saver.save(step, state, force=step == total)
+        if evaluate is not None and _due(step, config.train.eval_every, total):
+            reporter.step(*pending)
+            pending = None
+            last = reporter.evaluation(step, evaluate(state.model))
+            reporter.restart_clock()
+        if config.train.sample_prompt and _due(step, config.train.sample_every, total):
+            reporter.text(step, "sample", chat.complete(state.model, tokenizer, config.train.sample_prompt))
+            reporter.restart_clock()
+    if pending is not None:
+        reporter.step(*pending)
     return last
 
 
