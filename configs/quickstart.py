@@ -24,7 +24,7 @@ def get_config():
         dict(
             couplets=200,  # the first so many of the embedded corpus that fit a row
             question_share=0.75,  # of them whose questions are learned; the rest is asked without having been seen
-            sft_steps=200,
+            sft_steps=260,
             sft_batch_size=64,
             sft_row_length=36,
             sft_schedule=(("linear", 1e-3, "20 steps"), ("constant", 1e-3, "50%"), ("cosine", 2e-5, "100%")),

@@ -141,7 +141,7 @@ def _masked_row(tokenizer: Tokenizer, couplet: Couplet, direction: str) -> tuple
 
 
 def _right_pad(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[np.ndarray, np.ndarray]:
-    width = max(map(len, rows))
+    width = -(-max(map(len, rows)) // 8) * 8  # few widths, so few programs
     tokens, real = np.full((len(rows), width), pad_id, np.int32), np.zeros((len(rows), width), np.int32)
     for i, row in enumerate(rows):
         tokens[i, : len(row)], real[i, : len(row)] = row, 1
