@@ -10,6 +10,7 @@ rule in that order.
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +59,9 @@ def log_likelihood_from_masks(model, prompt, answer, masked, mask_ratio, cfg_sca
     masked, ratio = np.asarray(masked, bool), np.asarray(mask_ratio, np.float64)
     shapes = [(len(masked), len(tokens) - start), (len(masked), len(tokens))] if masked.ndim == 2 else []
     if masked.shape not in shapes or len(masked) == 0:
-        raise InputError(f"masked has shape {masked.shape}; it must be [masks, {len(tokens) - start}] or [masks, {len(tokens)}]")
+        raise InputError(
+            f"masked has shape {masked.shape}; it must be [masks, {len(tokens) - start}] or [masks, {len(tokens)}]"
+        )
     if ratio.ndim not in (1, 2) or ratio.shape not in (*shapes, masked.shape[:1]):
         raise InputError(f"mask_ratio has shape {ratio.shape}; it must be {masked.shape[:1]} or {masked.shape}")
     ratio = ratio[:, None] if ratio.ndim == 1 else ratio[:, start - len(tokens) :]
@@ -146,7 +149,7 @@ def _cross_entropies(
     if cfg_scale < 0:
         raise InputError(f"cfg_scale {cfg_scale} is negative")
     mesh, N = current_mesh(), len(masked_NA)
-    split, context = (mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["context"]) if mesh else (1, 1)
+    split, context = _splits()
     if len(tokens_S) % context:
         raise InputError(f"{len(tokens_S)} tokens do not split over {context} devices of config.mesh.context")
     rows = -(-min(rows, N) // split) * split
@@ -167,7 +170,7 @@ def _score(model, tokens_S: jax.Array, masked_TRS: jax.Array, scale, *, start: i
     W columns at the end: the answer, and as much before it as lets them split over `context`.
     """
     S = len(tokens_S)
-    context = 1 if current_mesh() is None else current_mesh().shape["context"]
+    _, context = _splits()
     W = -(-(S - start) // context) * context
     in_prompt_S = jnp.arange(S) < start
 
@@ -182,7 +185,13 @@ def _score(model, tokens_S: jax.Array, masked_TRS: jax.Array, scale, *, start: i
         asked_RW = reshard(masked_RS[:, S - W :].astype(jnp.float32), BATCH, "context")
         target_RW = reshard(jnp.broadcast_to(tokens_S[S - W :], asked_RW.shape), BATCH, "context")
         head_VD = model.head[...].astype(hidden_RWD.dtype)
-        _, ce_RW = scored_cross_entropy(hidden_RWD, head_VD, target_RW, asked_RW)
-        return ce_RW
+        scored: Any = scored_cross_entropy  # custom_vjp hides its result's type
+        return scored(hidden_RWD, head_VD, target_RW, asked_RW)[1]
 
     return jax.lax.map(mini_batch, masked_TRS)
+
+
+def _splits() -> tuple[int, int]:
+    """Over how many devices the mesh splits rows, and the positions of a row."""
+    mesh = current_mesh()
+    return (1, 1) if mesh is None else (mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["context"])

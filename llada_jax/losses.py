@@ -130,7 +130,9 @@ def _drawn(tokens, masked, mask_ratio) -> tuple[jax.Array, jax.Array, jax.Array]
     tokens_BL, masked_BL = jnp.asarray(tokens, jnp.int32), jnp.asarray(masked, bool)
     ratio = jnp.asarray(mask_ratio, jnp.float32)
     if tokens_BL.ndim != 2 or tokens_BL.size == 0 or masked_BL.shape != tokens_BL.shape:
-        raise InputError(f"tokens has shape {tokens_BL.shape} and masked {masked_BL.shape}; both must be [rows, length]")
+        raise InputError(
+            f"tokens has shape {tokens_BL.shape} and masked {masked_BL.shape}; both must be [rows, length]"
+        )
     if ratio.shape not in (tokens_BL.shape[:1], tokens_BL.shape):
         raise InputError(f"mask_ratio has shape {ratio.shape}; it must be {tokens_BL.shape[:1]} or {tokens_BL.shape}")
     ratio_BL = jnp.broadcast_to(ratio[:, None] if ratio.ndim == 1 else ratio, tokens_BL.shape)

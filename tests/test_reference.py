@@ -14,7 +14,9 @@ import pytest
 from ml_collections import ConfigDict
 from reference import REFERENCE, load, published, vectors
 
-from llada_jax import losses, optimizer
+import llada_jax
+from llada_jax import optimizer
+from llada_jax.config import InputError
 from llada_jax.model import rms_norm, rope
 
 
@@ -60,28 +62,23 @@ def test_rotary_tables_are_the_official_ones(checkpoint):
     assert (np.abs(turned[:, half:] - sin[:, half:]) <= allowed).all()
 
 
-def noisy_batch(arrays, kind):
-    """The stored noise as a NoisyBatch, weighted as pre-training or fine-tuning weighs it."""
-    masked, p_mask = arrays["masked_indices"], arrays["p_mask"]
-    rows, length = masked.shape
+def drawn_loss(model, arrays, kind):
+    """The public loss of pre-training or fine-tuning for the noise that is stored."""
+    noise = arrays["input_ids"], arrays["masked_indices"], arrays["p_mask"]
     if kind == "sft":
-        per_row = 1.0 / ((length - arrays["prompt_lengths"]) * rows)
-        weights = masked / p_mask * per_row[:, None]
-    else:
-        weights = masked / p_mask / (rows * length)
-    fields = arrays["noisy_batch"], arrays["input_ids"], weights.astype(np.float32), p_mask[:, 0]
-    return losses.NoisyBatch(*map(jnp.asarray, fields), segment_ids=None)
+        return llada_jax.sft_loss(model, *noise, arrays["prompt_lengths"])
+    return llada_jax.pretrain_loss(model, *noise)
 
 
 CASES = ["pre_a", "pre_a_onerow", "pre_a_truncated", "pre_b", "pre_a_nothing_masked", "sft_a", "sft_b"]
-grad = jax.jit(jax.value_and_grad(losses.noisy_loss, has_aux=True))
+grad = jax.jit(jax.value_and_grad(drawn_loss), static_argnames="kind")
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_losses_and_gradients_are_those_of_the_official_code(case):
     arrays, meta = vectors("losses")[0][case], vectors("losses")[1][case]
     model = load(meta["ckpt"])
-    (loss, _), gradients = grad(model, noisy_batch(arrays, meta["kind"]))
+    loss, gradients = grad(model, arrays, kind=meta["kind"])
     gradients = published(gradients)
     if case == "pre_a_nothing_masked":
         assert loss == 0 and all((x == 0).all() for x in gradients.values())
@@ -107,7 +104,7 @@ def test_the_cross_entropy_of_each_masked_token_is_the_official_one(case):
 @pytest.mark.parametrize("case", CASES)
 def test_losses_in_bfloat16_are_those_under_autocast(case):
     arrays, meta = vectors("losses")[0][case], vectors("losses")[1][case]
-    loss, _ = losses.noisy_loss(load(meta["ckpt"], "bfloat16"), noisy_batch(arrays, meta["kind"]))
+    loss = drawn_loss(load(meta["ckpt"], "bfloat16"), arrays, meta["kind"])
     assert loss == pytest.approx(meta["loss_autocast_bf16"], rel=2e-2)
 
 
@@ -136,21 +133,15 @@ def test_twenty_steps_of_adamw_follow_torch():
     adamw = optimizer.make_optimizer(config, total_steps=steps, tokens_per_step=rows * length)
 
     @jax.jit
-    def step(model, state, noisy):
-        (loss, _), gradients = jax.value_and_grad(losses.noisy_loss, has_aux=True)(model, noisy)
+    def step(model, state, *noise):
+        loss, gradients = jax.value_and_grad(llada_jax.pretrain_loss)(model, *noise)
         updates, state = adamw.update(gradients, state, model)
         return optax.apply_updates(model, updates), state, loss, optax.tree.norm(gradients)
 
     state = adamw.init(model)
     for i in range(steps):
-        tokens, masked = arrays["input_ids"][i], arrays["masked_indices"][i]
-        noise = {
-            "input_ids": tokens,
-            "masked_indices": masked,
-            "p_mask": np.broadcast_to(arrays["p_mask"][i][:, None], masked.shape),
-            "noisy_batch": np.where(masked, model.config.mask_token_id, tokens),
-        }
-        model, state, loss, norm = step(model, state, noisy_batch(noise, "pretrain"))
+        noise = (arrays[name][i] for name in ("input_ids", "masked_indices", "p_mask"))
+        model, state, loss, norm = step(model, state, *noise)
         assert abs(loss - arrays["loss"][i]) <= 5e-5, i
         assert abs(norm / arrays["grad_norm"][i] - 1) <= 1e-4, i
         if i == 0:
@@ -159,6 +150,30 @@ def test_twenty_steps_of_adamw_follow_torch():
     compare(parameters, arrays, "final", 5e-4)
     for name, norm in zip(meta["param_names"], arrays["final_param_norms"], strict=True):
         assert abs(np.linalg.norm(parameters[name]) - norm) <= 5e-4 * max(norm, 1), name
+
+
+@pytest.mark.parametrize("case", ["pre_b", "sft_b"])
+def test_a_ratio_may_be_given_by_row_or_by_token_and_a_prompt_is_never_scored(case):
+    arrays, meta = vectors("losses")[0][case], vectors("losses")[1][case]
+    model, wanted = load(meta["ckpt"]), arrays["loss"][0]
+    by_row = arrays | {"p_mask": arrays["p_mask"][:, 0]}
+    if meta["kind"] == "sft":
+        prompt_BL = np.arange(arrays["input_ids"].shape[1]) < arrays["prompt_lengths"][:, None]
+        by_row["masked_indices"] = by_row["masked_indices"] | prompt_BL
+    assert drawn_loss(model, by_row, meta["kind"]) == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(masked_indices=np.ones((2, 3), bool)), r"tokens has shape \(2, 24\) and masked \(2, 3\)"),
+        (dict(p_mask=np.ones(3)), r"mask_ratio has shape \(3,\); it must be \(2,\) or \(2, 24\)"),
+        (dict(prompt_lengths=np.ones(1, int)), r"prompt_lengths has shape \(1,\); it must be \(2,\)"),
+    ],
+)
+def test_noise_of_another_shape_is_refused(changes, message):
+    with pytest.raises(InputError, match=message):
+        drawn_loss(load("ckpt_b_gqa_tied"), vectors("losses")[0]["sft_b"] | changes, "sft")
 
 
 def compare(parameters, arrays, when, allowed):

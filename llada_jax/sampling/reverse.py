@@ -140,17 +140,19 @@ def reverse(
 
         def step(carry):
             i, (x_BS, step_BS, probability_BS) = carry
-            noise_key, order_key = jax.random.split(jax.random.fold_in(key, b * steps + i))
+            t = b * steps + i
+            noise_key, order_key = jax.random.split(jax.random.fold_in(key, t))
             window = lambda x_BS: jax.lax.dynamic_slice_in_dim(x_BS, first, width, axis=1)
             from_end_W = S - 1 - first - jnp.arange(width)  # by what draws are keyed: the same for any left padding
-            noise_BWV = None if noise_TBSV is None else window(noise_TBSV[b * steps + i])
+            noise_BWV = None if noise_TBSV is None else window(noise_TBSV[t])
             out_BWV, x_BW = logits(x_BS, first), window(x_BS)
             chosen_BW = select.choose(noise_key, out_BWV, o.temperature, o.mask_id, from_end_W, noise_BWV)
             last = (o.eos_id, o.eot_id) if o.confidence_eos_eot_inf else ()
             score_BW = log_odds_BW = select.confidence(out_BWV, chosen_BW, last)
             if o.remasking == "random":
-                given = order_TBS is not None
-                score_BW = window(order_TBS[b * steps + i]) if given else select.random_score(order_key, B, from_end_W)
+                score_BW = (
+                    window(order_TBS[t]) if order_TBS is not None else select.random_score(order_key, B, from_end_W)
+                )
             open_BW = (x_BW == o.mask_id) & (first + jnp.arange(width) < end)
             commit_BW = select.most_confident(score_BW, open_BW, select.quota(masks_B, steps, i))
 
@@ -158,7 +160,7 @@ def reverse(
                 new_BW = jnp.where(commit_BW, new_BW.astype(old_BS.dtype), window(old_BS))
                 return jax.lax.dynamic_update_slice_in_dim(old_BS, new_BW, first, axis=1)
 
-            now_BW = jnp.where(commit_BW, b * steps + i, 0)
+            now_BW = jnp.where(commit_BW, t, 0)
             state = put(x_BS, chosen_BW), put(step_BS, now_BW), put(probability_BS, jax.nn.sigmoid(log_odds_BW))
             return i + 1, state
 
@@ -225,15 +227,15 @@ def _check_tokens(c, prompt: np.ndarray, attention_mask, mask_id: int) -> None:
         _require(
             0 <= token < c.embedding_size, f"token {token} is outside the {c.embedding_size} rows of the embedding"
         )
-    _require(
-        attention_mask is None or np.shape(attention_mask) == prompt.shape,
-        f"attention_mask has shape {np.shape(attention_mask)}, the prompt {prompt.shape}; they must be equal",
-    )
+    shape = prompt.shape if attention_mask is None else np.shape(attention_mask)
+    _require(shape == prompt.shape, f"attention_mask has shape {shape}, the prompt {prompt.shape}; they must be equal")
 
 
 def _check(c, P, gen_length, steps, block_length, temperature, cfg_scale, remasking) -> None:
     _require(min(gen_length, steps, block_length) > 0, "gen_length, steps and block_length must be positive")
-    _require(gen_length % block_length == 0, f"gen_length {gen_length} is not a multiple of block_length {block_length}")
+    _require(
+        gen_length % block_length == 0, f"gen_length {gen_length} is not a multiple of block_length {block_length}"
+    )
     blocks = gen_length // block_length
     _require(steps % blocks == 0, f"steps {steps} is not a multiple of the number of blocks, {blocks}")
     _require(

@@ -29,7 +29,7 @@ def choose(
     return jnp.argmax(logits_BWV, axis=-1).astype(jnp.int32)
 
 
-def _gumbel(key: jax.Array, shape: tuple[int, int, int], columns_W: jax.Array | None) -> jax.Array:
+def _gumbel(key: jax.Array, shape: tuple[int, ...], columns_W: jax.Array | None) -> jax.Array:
     """In high-range mode: ordinary float32 noise ends at 15.9 and could never choose a token far below the best one
     (arXiv 2409.02908 on why low precision harms samples)."""
     B, W, V = shape
