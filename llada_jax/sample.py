@@ -51,7 +51,7 @@ def main(_argv: list[str]) -> None:
 
 
 def _sample(model, tokenizer: Tokenizer, ids: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """The sampled row [S] and the row after every step [steps, S]. Infilling alone takes the prompt for a whole text."""
+    """The sampled row [S], and the row after every step [steps, S]. Infilling alone takes the prompt as a whole."""
     key = jax.random.key(_SEED.value)
     has_masks = tokenizer.mask_id in ids
     gen_length = _GEN_LENGTH.value if _GEN_LENGTH.value is not None else (0 if has_masks else 32)
