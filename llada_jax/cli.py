@@ -47,7 +47,8 @@ def _parse(argv: list[str]) -> list[str]:
     except flags.Error as error:
         fail(f"{_last_line(error)}; --help lists the flags")
     except (KeyError, AttributeError) as error:  # ml_collections, for an override of a field that is not there
-        fail(f"the config has no such field: {_last_line(error)}")
+        named = _last_line(error).replace("\\n", " ").replace("\\'", "").strip("'\" ")
+        fail(f"the config has no such field: {named}")
     except (InputError, TypeError, ValueError) as error:  # a value of another type
         fail(_last_line(error))
     else:
@@ -68,7 +69,7 @@ def _open_config() -> None:
 
 def _last_line(error: Exception) -> str:
     """The message without the traceback that ml_collections puts into it."""
-    text = str(error.args[0] if error.args else error).replace("\\n", " ").replace("\\'", "").strip("'\" ")
+    text = str(error.args[0] if error.args else error).strip()
     if "Traceback" not in text:
         return text
     return text.splitlines()[-1].removeprefix("llada_jax.config.InputError: ")
