@@ -71,7 +71,7 @@ class Reporter:
         self._schedule, self._total, self._log_every, self._title = schedule, total_steps, log_every, title
         self._smooth = SmoothElbo()
         self._writes = jax.process_index() == 0
-        self._tokens, self._flops, self._data_seconds, self._since = 0.0, 0.0, 0.0, time.perf_counter()
+        self.restart_clock()
         if self._writes:
             self._board = SummaryWriter(str(workdir))
             self._board.add_text("about_the_curves", _ABOUT, first_step)
@@ -105,7 +105,7 @@ class Reporter:
         peak = peak_flops()
         if peak:
             scalars["4_speed/mfu"] = self._flops / seconds / (peak * jax.device_count())
-        self._tokens, self._flops, self._data_seconds, self._since = 0.0, 0.0, 0.0, time.perf_counter()
+        self.restart_clock()
         self.write(step, scalars)
         self._show(step, scalars)
 

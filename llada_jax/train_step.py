@@ -37,7 +37,7 @@ def init_state(config: ModelConfig, optimizer: optax.GradientTransformation, key
 def make_train_step(optimizer: optax.GradientTransformation, objective, objective_config, *, microbatches: int = 1):
     """(state, batch, key) -> (state, metrics), jitted, the state donated.
 
-    `key` is the run's: the step's own is fold_in(key, step). Metrics are sums and scalars; see metrics.summarize.
+    `key` is the run's: the step's own is fold_in(key, step). Metrics are sums and scalars; metrics.Reporter reads them.
     """
 
     def train_step(state: TrainState, batch: losses.Batch, key: jax.Array):
