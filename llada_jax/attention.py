@@ -6,7 +6,26 @@ B batch, L length (queries), S length (keys), N query heads, K key heads, G quer
 import jax
 import jax.numpy as jnp
 
+from llada_jax.config import InputError
 from llada_jax.sharding import BATCH, reshard, spec
+
+# The first of each platform is what "auto" takes; the others serve it, too, when asked for by name.
+_KERNELS = {"tpu": ("splash", "xla"), "gpu": ("cudnn", "xla"), "cpu": ("xla",)}
+
+
+def kernel_for(name: str, platform: str) -> str:
+    """The kernel that `config.model.attention_kernel` means on "cpu", "gpu" or "tpu"; logs name it.
+
+    Raises InputError when the one asked for can't serve there.
+    """
+    served = _KERNELS.get(platform, ("xla",))
+    if name == "auto":
+        return served[0]
+    if name not in served:
+        raise InputError(
+            f"config.model.attention_kernel {name!r} can't serve on {platform}; there: {', '.join(served)}"
+        )
+    return name
 
 
 def attention(

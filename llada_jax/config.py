@@ -45,6 +45,7 @@ class ModelConfig:
     # How it is computed, not what it is:
     dtype: str = "bfloat16"  # of activations and matrix products; parameters are float32
     remat: str = "full"  # what the backward pass recomputes: "none", "full" or "dots"
+    attention_kernel: str = "auto"  # "splash" (TPU), "cudnn" (GPU), "xla"; "auto": that of the platform. attention.py
     # Where it comes from; see interop/:
     family: str = "llada"  # under whose names it is published: "llada" or "illada"
     published: str = dataclasses.field(default="", repr=False)  # the config.json that it was loaded with, word for word

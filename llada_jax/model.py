@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from llada_jax.attention import attention
 from llada_jax.config import ModelConfig
-from llada_jax.sharding import BATCH, HIDDEN, spec, use
+from llada_jax.sharding import BATCH, HIDDEN, platform, spec, use
 
 
 def _weight(key, shape: tuple[int, ...], axes: tuple, std) -> nnx.Param:
@@ -124,7 +124,7 @@ def _hidden() -> P | None:
 
 def _unroll(c: ModelConfig) -> int:
     """Layers a trip of the scan: XLA's CPU loops copy each layer's weights, so a CPU takes several at once."""
-    return min(c.n_layers, 8) if jax.default_backend() == "cpu" else 1
+    return min(c.n_layers, 8) if platform() == "cpu" else 1
 
 
 def rms_norm(x_BLD: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
