@@ -62,7 +62,7 @@ def _local(hidden_BLD, head_VD, targets_BL, weights_BL, *, with_gradients: bool,
     B, L, D = hidden_BLD.shape
     if mesh:
         head_VD = jax.lax.all_gather(head_VD, "fsdp", axis=1, tiled=True)
-    C = _chunk_size(B * L, len(head_VD)) if chunk is None else min(chunk, B * L)
+    C = chunk_size(B * L, len(head_VD)) if chunk is None else min(chunk, B * L)
     N = -(-B * L // C) * C
 
     def rows(x):  # flat, padded to whole chunks; the padding has weight 0
@@ -129,7 +129,7 @@ def _chunk(h_CD, head_VD, targets_C, mesh: bool):
     return jnp.log(total_C) + top_C - target_C, logit_gradient
 
 
-def _chunk_size(positions: int, rows: int) -> int:
+def chunk_size(positions: int, rows: int) -> int:
     """A chunk's logits stay under `_LOGITS_BYTES`; and there are at least eight, so that skipping has a grain."""
     fits = max(_LOGITS_BYTES // (4 * rows), 8)
     return max(min(fits, -(-positions // 8)), 1)

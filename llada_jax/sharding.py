@@ -92,5 +92,9 @@ def use(param, dtype) -> jax.Array:
 
 def place_rows(x_host, mesh: Mesh) -> jax.Array:
     """This process's rows [B/hosts, ...] as its part of one global array [B, ...], split over the batch axes."""
-    sharding = NamedSharding(mesh, P(*TOKENS[: x_host.ndim]))
-    return jax.make_array_from_process_local_data(sharding, x_host)
+    return jax.make_array_from_process_local_data(rows_sharding(mesh, x_host.ndim), x_host)
+
+
+def rows_sharding(mesh: Mesh, ndim: int) -> NamedSharding:
+    """How an array [B, ...] of a batch lies on the mesh."""
+    return NamedSharding(mesh, P(*TOKENS[:ndim]))
