@@ -1,1 +1,1 @@
-"""What a training step will need and cost on a slice that is not there: compiled ahead of time, read from the compiler."""
+"""What a training step needs and costs on a slice that is not there, as the compiler sees it."""

@@ -147,16 +147,21 @@ def absent_devices(topology: Slice) -> list:
     """
     if importlib.util.find_spec("libtpu") is None:
         raise InputError("compiling for a TPU needs its compiler, libtpu: pip install 'llada_jax[tpu]'")
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # don't ask a cloud machine who it is
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nothing is run: two compilers may share a machine
+    quiet = {
+        "TPU_SKIP_MDS_QUERY": "1",  # don't ask a cloud machine who it is,
+        "TPU_ACCELERATOR_TYPE": "v5litepod-16", "TPU_WORKER_HOSTNAMES": "localhost",  # nor complain of no answer
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # nothing is run: two compilers may share a machine
+    }  # fmt: skip
+    for name, value in quiet.items():
+        os.environ.setdefault(name, value)
     from jax.experimental import topologies
 
     chip, shape = topology.chip, topology.shape + (1,) * (3 - len(topology.shape))
     options: dict = dict(num_slices=topology.count) if topology.count > 1 else {}
     if chip.name == "v4":
         options["chip_config_name"] = "megacore"  # both cores as one device, as on real machines
-    if chip.dimensions == 2 and math.prod(shape) < 4:
-        options["chips_per_host_bounds"] = (1, 1, 1)
+    if chip.dimensions == 2 and math.prod(shape) in (1, 8):
+        options["chips_per_host_bounds"] = shape  # one host; larger flat slices have four chips a host
     described = topologies.get_topology_desc(
         platform="tpu",
         topology_name=f"{chip.name}:{'x'.join(map(str, topology.shape))}",

@@ -1,15 +1,18 @@
 """Compiles the trainer's own step for a slice that is not there, and keeps what the compiler tells of it."""
 
+import contextlib
 import dataclasses
 import math
 import re
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -41,11 +44,14 @@ class Compiled:
     notes: list[str]
 
 
-def compile_step(config: RunConfig, topology: Slice, options: dict[str, Any] | None = None) -> Compiled:
+def compile_step(
+    config: RunConfig, topology: Slice, *, options: dict[str, Any] | None = None, cache: str | None = None
+) -> Compiled:
     """Compiles what `llada_jax.train` would run with this config on that slice.
 
     Needs neither data nor tokenizer: sizes come from the config. `options`: compiler options besides the trainer's own.
-    Raises InputError for a config that can't run there.
+    `cache`: a directory of JAX's persistent compilation cache to put the executable into. Raises InputError for a
+    config that can't run there.
     """
     config = config.copy_and_resolve_references()
     config.train.init_from = ""  # weights are not looked at
@@ -58,7 +64,7 @@ def compile_step(config: RunConfig, topology: Slice, options: dict[str, Any] | N
     mesh = sharding.make_mesh(dict(config.mesh), absent_devices(topology))
     optax_optimizer, step_fn, _, notes = train.training_step(config, mesh)
     start = time.perf_counter()
-    with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as dump:
+    with jax.set_mesh(mesh), _compilation_cache(cache), tempfile.TemporaryDirectory() as dump:
         state, batch, key = abstract_arguments(config, model, optax_optimizer, mesh)
         sizes = dict(
             parameters=_device_bytes(state.model), optimizer=_device_bytes(state.opt_state), batch=_device_bytes(batch)
@@ -69,7 +75,9 @@ def compile_step(config: RunConfig, topology: Slice, options: dict[str, Any] | N
             memory = lowered.compile(compiler_options={"xla_dump_to": dump, **(options or {})}).memory_analysis()
         except jax.errors.JaxRuntimeError as error:
             needed = _temporaries_of(str(error))
-        texts = {name: _dumped(Path(dump), name) for name in ("after_codegen", "after_optimizations", "memory-usage-report")}
+        texts = {
+            name: _dumped(Path(dump), name) for name in ("after_codegen", "after_optimizations", "memory-usage-report")
+        }
     assert memory is None or texts["after_codegen"], "the compiler wrote no dump"
     counted = dict(
         arguments=memory.argument_size_in_bytes, temporaries=memory.temp_size_in_bytes + memory.output_size_in_bytes
@@ -84,6 +92,24 @@ def compile_step(config: RunConfig, topology: Slice, options: dict[str, Any] | N
     )  # fmt: skip
 
 
+@contextlib.contextmanager
+def _compilation_cache(directory: str | None) -> Iterator[None]:
+    """Executables go to `directory` only, or nowhere: one for absent devices can be written, but not read back."""
+    wanted: dict[str, Any] = dict(jax_persistent_cache_min_compile_time_secs=0.0 if directory else float("inf"))
+    if directory:
+        wanted["jax_compilation_cache_dir"] = directory
+    before = {name: getattr(jax.config, name) for name in wanted}
+    compilation_cache.reset_cache()  # it reads its settings once
+    try:
+        for name, value in wanted.items():
+            jax.config.update(name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+
+
 def abstract_arguments(config: RunConfig, model: ModelConfig, optax_optimizer, mesh: jax.sharding.Mesh):
     """(state, batch, key) of a step as shapes, types and shardings on `mesh`, which must be set."""
 
@@ -94,11 +120,11 @@ def abstract_arguments(config: RunConfig, model: ModelConfig, optax_optimizer, m
     key = on_mesh(jax.eval_shape(lambda: jax.random.key(0)))
     state = jax.tree.map(on_mesh, jax.eval_shape(lambda k: train_step.init_state(model, optax_optimizer, k), key))
     rows = config.train.batch_size, config.data.row_length
-    batch = losses.Batch(*(
+    fields: Any = (
         jax.ShapeDtypeStruct(rows[:ndim], dtype, sharding=sharding.rows_sharding(mesh, ndim))
         for ndim, dtype in ((2, jnp.int32), (2, jnp.int32), (2, jnp.bool_), (1, jnp.int32))
-    ))  # fmt: skip
-    return state, batch, key
+    )
+    return state, losses.Batch(*fields), key
 
 
 def _device_bytes(tree) -> int:
@@ -108,7 +134,9 @@ def _device_bytes(tree) -> int:
 
 def _dumped(dump: Path, name: str) -> str:
     """The newest file of that name: the step's, which is compiled last."""
-    files = sorted(dump.glob(f"*.{name}.txt"), key=lambda path: path.stat().st_mtime) or sorted(dump.glob(f"*{name}.txt"))
+    files = sorted(dump.glob(f"*.{name}.txt"), key=lambda path: path.stat().st_mtime) or sorted(
+        dump.glob(f"*{name}.txt")
+    )
     return files[-1].read_text() if files else ""
 
 
@@ -127,5 +155,7 @@ def _temporaries_of(message: str) -> int:
 def _buffers(report: str, most: int = 8) -> list[tuple[int, str]]:
     """The largest buffers of the device's memory: bytes, and the arrays that live in them one after another."""
     units = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": GIB}
-    lines = re.findall(r"^\s+[\d.]+\w+\(\s*\d+%\);\s+([\d.]+)(B|KiB|MiB|GiB);\s+\d+;\s+\d+; (.*)$", report, re.MULTILINE)
+    lines = re.findall(
+        r"^\s+[\d.]+\w+\(\s*\d+%\);\s+([\d.]+)(B|KiB|MiB|GiB);\s+\d+;\s+\d+; (.*)$", report, re.MULTILINE
+    )
     return [(round(float(size) * units[unit]), shapes) for size, unit, shapes in lines[:most]]

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import re
 from collections.abc import Callable
+from typing import Any
 
 from llada_jax.ahead.hlo import Instruction, Program, array_bytes, first_group
 from llada_jax.ahead.links import Transfer
@@ -18,22 +19,29 @@ KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all
          "collective-broadcast")  # fmt: skip
 
 
+Tally = dict[Any, float]  # what is not there is 0
+
+
+def _tally() -> Any:
+    return dataclasses.field(default_factory=lambda: collections.defaultdict(float))
+
+
 @dataclasses.dataclass
 class Cost:
     """Additive over what is executed. Seconds are of one device."""
 
     seconds: float = 0.0  # by the schedule, waits included
-    work: collections.Counter = dataclasses.field(default_factory=collections.Counter)  # "matmul", … -> seconds
+    work: Tally = _tally()  # "matmul", … -> seconds
     cycles: float = 0.0
-    transfers: collections.Counter = dataclasses.field(default_factory=collections.Counter)  # Transfer -> times
-    waits: collections.Counter = dataclasses.field(default_factory=collections.Counter)  # kind -> seconds exposed
-    unpriced: collections.Counter = dataclasses.field(default_factory=collections.Counter)  # what -> times
-    heaviest: collections.Counter = dataclasses.field(default_factory=collections.Counter)  # op_name -> seconds
+    transfers: Tally = _tally()  # Transfer -> times
+    waits: Tally = _tally()  # kind -> seconds exposed
+    unpriced: Tally = _tally()  # what -> times
+    heaviest: Tally = _tally()  # op_name -> seconds
 
     def add(self, other: "Cost", times: float = 1.0) -> None:
         for field in dataclasses.fields(Cost):
             mine, theirs = getattr(self, field.name), getattr(other, field.name)
-            if isinstance(mine, collections.Counter):
+            if isinstance(mine, dict):
                 for key, value in theirs.items():
                     mine[key] += value * times
             else:
@@ -108,9 +116,11 @@ class Machine:
             cost.heaviest[i.op_name or i.opcode] += seconds
 
     def _multiplies(self, i: Instruction) -> bool:
-        return i.opcode in ("convolution", "dot") or (i.opcode == "fusion" and self._holds_product(self._program.called(i)))
+        return i.opcode in ("convolution", "dot") or (
+            i.opcode == "fusion" and self._holds_product(self._program.called(i))
+        )
 
-    @functools.cache  # noqa: B019: a machine lives for one program
+    @functools.cache  # noqa: B019 (a machine lives for one program)
     def _holds_product(self, computation: str) -> bool:
         return any(self._multiplies(i) for i in self._program.computations.get(computation, ()))
 
@@ -168,7 +178,10 @@ class Machine:
         for i in self._program.computations.get(computation, ()):
             if i.opcode in KINDS:
                 return i
-            if i.opcode in ("fusion", "call", "custom-call") and (found := self._inner(self._program.called(i))) is not None:
+            if (
+                i.opcode in ("fusion", "call", "custom-call")
+                and (found := self._inner(self._program.called(i))) is not None
+            ):
                 return found
         return None
 

@@ -10,12 +10,12 @@ Not counted: the host, work offloaded to sparse cores, and the clock's behaviour
 """
 
 import collections
-import dataclasses
 import functools
 import math
 import re
 from typing import Any
 
+import jax
 import numpy as np
 
 from llada_jax import metrics
@@ -23,18 +23,20 @@ from llada_jax.ahead import hlo, links
 from llada_jax.ahead.compile import Compiled
 from llada_jax.ahead.cost import Cost, Machine
 from llada_jax.cross_entropy import chunk_size
+from llada_jax.model import Transformer, parameter_count
 
 
 def report(compiled: Compiled) -> dict[str, Any]:
-    """All that is known of a step, in plain types. Units: bytes, seconds, FLOPs; `bytes_*` and `collectives` are of one chip and step."""
+    """All that is known of a step, in plain types: bytes, seconds, FLOPs; memory and collectives are one chip's."""
     c, topology = compiled.config, compiled.topology
     chip, chips = topology.chip, topology.chips
     result: dict[str, Any] = {
         "topology": str(topology), "chips": chips, "devices": compiled.mesh.size,
         "mesh": {axis: int(size) for axis, size in compiled.mesh.shape.items()},
         "batch_size": c.train.batch_size, "row_length": c.data.row_length, "microbatches": c.train.microbatches,
-        "remat": compiled.model.remat, "parameters": metrics_parameters(compiled),
-        "fits": compiled.fits, **memory(compiled), "compile_seconds": round(compiled.seconds, 1), "notes": compiled.notes,
+        "remat": compiled.model.remat, "parameters": parameter_count(compiled.model),
+        "fits": compiled.fits, **memory(compiled), "compile_seconds": round(compiled.seconds, 1),
+        "notes": compiled.notes,
     }  # fmt: skip
     if compiled.program is None:
         return result
@@ -63,19 +65,13 @@ def report(compiled: Compiled) -> dict[str, Any]:
         "collectives": collectives(cost, chip.devices),
         "steps": c.train.steps, "tokens": tokens * c.train.steps,
         "days": c.train.steps * cost.seconds / 86400, "chip_hours": c.train.steps * cost.seconds * chips / 3600,
-        "heaviest": [[name, seconds] for name, seconds in cost.heaviest.most_common(12)],
+        "heaviest": sorted(([s, name] for name, s in cost.heaviest.items()), reverse=True)[:12],
         "unpriced": dict(cost.unpriced),
         "assumed": {
             "scored_share": masks["share"], "chunks_of_slowest_device": masks["slowest"],
             "chunks_of_mean_device": masks["mean"], "attention_share_of_peak": chip.attention, "clock_hz": chip.clock,
         },
     }  # fmt: skip
-
-
-def metrics_parameters(compiled: Compiled) -> int:
-    from llada_jax.model import parameter_count
-
-    return parameter_count(compiled.model)
 
 
 def memory(compiled: Compiled) -> dict[str, Any]:
@@ -123,12 +119,9 @@ def _squeezed(dims: tuple[int, ...]) -> tuple[int, ...]:
 
 def _stacked_shapes(compiled: Compiled) -> set[tuple[int, ...]]:
     """Shapes of one device's part of the stacked weights, and of the whole ones."""
-    import jax
-
-    from llada_jax.model import Transformer
-
     with jax.set_mesh(compiled.mesh):
-        blocks = jax.eval_shape(lambda key: Transformer(compiled.model, key), jax.eval_shape(lambda: jax.random.key(0))).blocks
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        blocks = jax.eval_shape(lambda key: Transformer(compiled.model, key), key).blocks
     leaves = jax.tree.leaves(blocks)
     return {_squeezed(shape) for x in leaves for shape in (x.shape, x.sharding.shard_shape(x.shape))}
 
@@ -176,7 +169,7 @@ def attention_flops(compiled: Compiled) -> float:
 
 
 def expected_chunks(compiled: Compiled, draws: int = 64) -> dict[str, float]:
-    """Trips of the loop over scored chunks in a microbatch: of the slowest device, of the mean one, and the share scored."""
+    """Scored chunks in a microbatch, of the slowest device and the mean one, and the share of positions scored."""
     c, m, mesh = compiled.config, compiled.model, compiled.mesh.shape
     devices = mesh["data"] * mesh["fsdp"]
     rows = c.train.batch_size // (c.train.microbatches * devices)
@@ -192,7 +185,11 @@ def expected_chunks(compiled: Compiled, draws: int = 64) -> dict[str, float]:
     ratio = c.objective.eps + (1 - c.objective.eps) * uniform
     scored = ratio.reshape(draws, c.train.microbatches, devices, rows).sum(-1) * length
     trips = np.ceil(scored / chunk)
-    return {"slowest": float(trips.max(-1).mean()), "mean": float(trips.mean()), "share": float((1 + c.objective.eps) / 2)}
+    return {
+        "slowest": float(trips.max(-1).mean()),
+        "mean": float(trips.mean()),
+        "share": float((1 + c.objective.eps) / 2),
+    }
 
 
 def collectives(cost: Cost, devices_per_chip: int) -> list[dict[str, Any]]:

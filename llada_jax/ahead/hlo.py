@@ -119,7 +119,9 @@ def _whole_lines(text: str) -> list[str]:
 def _instruction(name: str, rest: str, is_root: bool) -> Instruction:
     end = _closing(rest) + 1 if rest.startswith("(") else rest.find(" ")
     opcode = re.match(r"\s*([a-z][\w\-]*)", rest[end:])
-    return Instruction(name, rest[:end], opcode[1] if opcode else "", rest[end + (opcode.end() if opcode else 0) :], is_root)
+    return Instruction(
+        name, rest[:end], opcode[1] if opcode else "", rest[end + (opcode.end() if opcode else 0) :], is_root
+    )
 
 
 def _closing(text: str) -> int:
@@ -156,9 +158,9 @@ def first_group(text: str, devices: int) -> list[int]:
         return [int(i) for i in listed[1].split(",")]
     iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
     if iota:
-        shape, dims, order = ([int(i) for i in group.split(",")] if group else None for group in iota.groups())
+        shape, dims, order = ([int(i) for i in (group or "").split(",") if i] for group in iota.groups())
         ids = np.arange(math.prod(dims)).reshape(dims)
-        return (ids if order is None else ids.transpose(order)).reshape(shape)[0].tolist()
+        return (ids.transpose(order) if order else ids).reshape(shape)[0].tolist()
     named = re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", text)
     if named:
         sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", named[1])}

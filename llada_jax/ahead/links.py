@@ -39,7 +39,9 @@ def transfer(kind: str, payload: float, group: list[int], mesh, topology: Slice)
     passes = _PASSES[kind]
     dcn = passes * payload * (slices - 1) / slices / inside / (topology.chip.network / topology.chip.devices)
     first = getattr(devices[0], "slice_index", 0) or 0
-    coords = np.array([d.coords[: len(topology.shape)] for d in devices if (getattr(d, "slice_index", 0) or 0) == first])
+    coords = np.array(
+        [d.coords[: len(topology.shape)] for d in devices if (getattr(d, "slice_index", 0) or 0) == first]
+    )
     if kind == "collective-permute":
         ici = payload / topology.chip.link * topology.chip.devices if slices == 1 else 0.0
     else:
