@@ -55,7 +55,8 @@ class Block(nnx.Module):
             jnp.einsum("BLD,NHD->BNLH", h_BLD, use(w, dtype), out_sharding=heads)
             for w in (self.q_proj, self.k_proj, self.v_proj)
         )
-        a_BNLH = attention(rope(q, c.rope_theta), rope(k, c.rope_theta), v, segment_ids_BL, c.causal)
+        q, k = rope(q, c.rope_theta), rope(k, c.rope_theta)
+        a_BNLH = attention(q, k, v, segment_ids_BL, c.causal, c.attention_kernel)
         x_BLD += jnp.einsum("BNLH,DNH->BLD", a_BNLH, use(self.attn_out, dtype), out_sharding=_hidden())
         h_BLD = rms_norm(x_BLD, use(self.ff_norm, x_BLD.dtype), c.rms_norm_eps).astype(dtype)
         gate_BLF, up_BLF = (
