@@ -10,9 +10,7 @@ from typing import Any
 from llada_jax.ahead.chips import Slice
 from llada_jax.ahead.compile import compile_step
 from llada_jax.ahead.estimate import report
-from llada_jax.config import InputError, RunConfig, model_config
-
-REMAT = ("full", "dots", "none")
+from llada_jax.config import REMAT, InputError, RunConfig, model_config
 
 
 def search(config: RunConfig, topology: Slice, say: Callable[[str], None] = print) -> list[dict[str, Any]]:
