@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from llada_jax.attention import attention
 from llada_jax.config import ModelConfig
-from llada_jax.sharding import BATCH, HIDDEN, platform, spec, use
+from llada_jax.sharding import BATCH, HIDDEN, platform, reshard, spec, use
 
 # What the backward pass of a layer finds instead of computing it again, by config.model.remat; of the layers' inputs
 # there is always a copy. Names: "input" of the layer, "qkv" after the rotation, "attention" with its log of sums,
@@ -110,7 +110,11 @@ class Transformer(nnx.Module):
         c = self.config
         # The residual stream is as wide as the parameters: with float32 masters it is what PyTorch's autocast computes,
         # with bfloat16 it would be 1.5 times as far from float32 (tests/test_interop.py, autocast).
-        x_BLD = use(self.wte, jnp.promote_types(self.wte.dtype, c.dtype)).at[tokens_BL].get(out_sharding=_hidden())
+        # Each device looks up its columns for the rows of all, and the rows change places: moving those is far less
+        # than gathering the embedding, and its gradient needs no sum over fsdp.
+        wte_VD = self.wte[...].astype(jnp.promote_types(self.wte.dtype, c.dtype))
+        columns = spec("data", "context", "fsdp")
+        x_BLD = reshard(wte_VD.at[reshard(tokens_BL, "data", "context")].get(out_sharding=columns), *HIDDEN)
 
         def layer(x_BLD, block):
             return block(checkpoint_name(x_BLD, "input"), segment_ids_BL), None
