@@ -156,3 +156,10 @@ def test_strided_groups_share_links():
     apart = links.transfer("all-gather", 1e9, [0, 2], mesh, topology)
     assert apart.axes == ("part of", "fsdp")
     assert apart.ici_seconds == pytest.approx(0.5e9 / (45e9 / 2) + 2e-6)
+
+
+def test_an_exchange_is_bound_by_the_middle():
+    topology = chips.parse_topology("v5e:16x16")
+    mesh = mesh_of((256,), ("fsdp",), (16, 16))
+    found = links.transfer("all-to-all", 1e8, list(range(256)), mesh, topology)
+    assert found.ici_seconds == pytest.approx(128 * 1e8 / 2 / (2 * 16 * 45e9) + 16e-6)  # 128 chips, half their bytes
