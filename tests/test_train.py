@@ -141,6 +141,18 @@ def test_a_workdir_of_another_run_is_refused_with_the_difference(run, tmp_path):
         train.train(run, tmp_path / "w")
 
 
+def test_a_workdir_from_before_a_field_existed_is_continued_if_the_field_has_its_default(run, tmp_path):
+    checkpoint.claim_workdir(tmp_path, run)
+    old = json.loads((tmp_path / "config.json").read_text())
+    del old["model"]["family"], old["data"]["threads"]
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    checkpoint.claim_workdir(tmp_path, run)
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    run.model.family = "illada"
+    with pytest.raises(InputError, match=r"config\.model\.family: 'llada' -> 'illada'"):
+        checkpoint.claim_workdir(tmp_path, run)
+
+
 def test_a_tokenizer_that_does_not_match_the_model_is_refused(run, tmp_path, couplets_file):
     train.train(run, tmp_path / "w")
     other = tmp_path / "other.txt"
