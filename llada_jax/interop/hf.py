@@ -18,7 +18,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from llada_jax import checkpoint
-from llada_jax.config import InputError, ModelConfig
+from llada_jax.config import InputError, ModelConfig, model_config
 from llada_jax.data.shards import atomic_directory
 from llada_jax.interop import hf_config, names
 from llada_jax.interop import safetensors_io as files
@@ -47,13 +47,10 @@ def load(path: str | Path, dtype=None, mesh=None, *, progress: Progress = lambda
     directory = Path(path)
     if dtype is not None:
         dtype = _float_name(dtype)
-    text = hf_config.read_text(directory)
-    if "model" in (raw := hf_config.parse(text, str(directory / "config.json"))) and "model_type" not in raw:
+    if _is_workdir(_read_json(directory)):
         return _load_workdir(directory, dtype, mesh)
     stored = files.read_directory(directory)
-    config = hf_config.read_config(
-        text, str(directory / "config.json"), dtype or _compute_dtype(stored, directory), _token_ids(directory)
-    )
+    config = load_config(directory, dtype or _compute_dtype(stored, directory))
     parts = _assign(stored, config, directory)
     like = checkpoint.abstract_model(config, mesh)
     leaves = []
@@ -61,6 +58,21 @@ def load(path: str | Path, dtype=None, mesh=None, *, progress: Progress = lambda
         kind = dtype or jnp.result_type(*(files.DTYPES[part.dtype] for part in parts[name]))
         leaves.append(_parameter(leaf, np.dtype(kind), parts[name], name.startswith("blocks."), progress))
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+
+def load_config(path: str | Path, dtype: str = "float32") -> ModelConfig:
+    """The config of the model that `load` would make of this directory, computing in `dtype`; reads no tensor."""
+    directory = Path(path)
+    if _is_workdir(raw := _read_json(directory)):
+        return dataclasses.replace(model_config(raw["model"]), dtype=dtype)
+    text, where = hf_config.read_text(directory), str(directory / "config.json")
+    return hf_config.read_config(text, where, dtype, _token_ids(directory))
+
+
+def tokenizer_directory(path: str | Path) -> Path:
+    """Where the tokenizer lies: beside a published checkpoint, in tokenizer/ of a workdir."""
+    inner = Path(path) / "tokenizer"
+    return inner if inner.is_dir() else Path(path)
 
 
 def save_hf(
@@ -128,6 +140,14 @@ def new_directory(path: Path) -> Iterator[Path]:
         raise InputError(f"{path}: exists and is not an empty directory; choose another place")
     with atomic_directory(path.absolute()) as temporary:
         yield temporary
+
+
+def _read_json(directory: Path) -> dict:
+    return hf_config.parse(hf_config.read_text(directory), str(directory / "config.json"))
+
+
+def _is_workdir(config: dict) -> bool:
+    return "model" in config and "model_type" not in config
 
 
 def _load_workdir(directory: Path, dtype: str | None, mesh) -> Transformer:
@@ -244,7 +264,7 @@ def _index(shards: dict[str, list]) -> str:
 
 def _companions(source: Path) -> list[Path]:
     """The files of COMPANIONS beside a published checkpoint, or in the tokenizer directory of a workdir."""
-    directory = source / "tokenizer" if (source / "tokenizer").is_dir() else source
+    directory = tokenizer_directory(source)
     if not directory.is_dir():
         raise InputError(f"source_dir {source}: no such directory")
     found = itertools.chain.from_iterable(directory.glob(pattern) for pattern in COMPANIONS)
