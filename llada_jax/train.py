@@ -47,6 +47,8 @@ def train(config: RunConfig, workdir: str | Path, *, title: str = "train") -> di
         model = fit_to_tokenizer(config, tokenizer)
         checkpoint.claim_workdir(workdir, config)
         tokenizer.save(workdir / "tokenizer")
+        if config.train.init_from:
+            hf.copy_companions(config.train.init_from, workdir / "tokenizer")
 
     with jax.set_mesh(mesh):
         saver = checkpoint.Checkpointer(workdir, config)

@@ -44,6 +44,13 @@ def test_it_reads_the_names_of_illada(tmp_path, tie):
     np.testing.assert_allclose(found, model(jnp.asarray(tokens)), atol=1e-6 * np.abs(found).max(), rtol=0)
 
 
+def test_the_probe_of_verify_is_the_model_in_float32():
+    model = hf.load(REFERENCE / "ckpt_a_mha_bf16")
+    tokens = convert_checkpoint.random_tokens(model.config)
+    wanted = hf.load(REFERENCE / "ckpt_a_mha_bf16", "float32")(jnp.asarray(tokens))
+    np.testing.assert_allclose(convert_checkpoint.probe(model, tokens), wanted, atol=2e-4, rtol=0)
+
+
 def convert(source, target, to, dtype=None):
     return convert_checkpoint.convert(source, target, to, dtype, "5GB", verify=True)
 

@@ -103,12 +103,14 @@ def test_a_published_checkpoint_is_started_from_as_its_workdir_is(run, tmp_path)
     run.train.steps = 1
     train.train(run, tmp_path / "w")
     hf.save_hf(hf.load(tmp_path / "w"), tmp_path / "published", source_dir=tmp_path / "w")
+    (tmp_path / "published" / "generation_config.json").write_text("{}")
     run.model.update(dict(n_layers=3, rope_theta=7.0))  # given up for the architecture of the model
     for source in ("w", "published"):
         run.train.init_from = str(tmp_path / source)
         train.train(run, tmp_path / f"from_{source}")
     after = [leaves(checkpoint.load_model(tmp_path / f"from_{source}")) for source in ("w", "published")]
     assert all((a == b).all() for a, b in zip(*after, strict=True))
+    assert (tmp_path / "from_published" / "tokenizer" / "generation_config.json").exists()
     run.data.row_length = 65
     with pytest.raises(InputError, match="row_length 65 is longer than the model's context"):
         train.train(run, tmp_path / "x")
@@ -177,6 +179,7 @@ def test_a_tokenizer_that_does_not_match_the_model_is_refused(run, tmp_path, cou
     run.train.steps = 1
     train.train(run, tmp_path / "v")
     hf.save_hf(hf.load(tmp_path / "w"), tmp_path / "published", source_dir=tmp_path / "w")
+    (tmp_path / "published" / "generation_config.json").write_text("{}")
     run.data.path = str(tmp_path / "v/data")
     for source in ("w", "published"):
         run.train.init_from = str(tmp_path / source)

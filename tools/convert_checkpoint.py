@@ -26,7 +26,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__)))) 
 from llada_jax import cli
 from llada_jax.config import InputError, ModelConfig
 from llada_jax.interop import hf
-from llada_jax.model import Transformer
+from llada_jax.model import Block, Transformer, rms_norm
 
 # Largest difference between our float32 logits and PyTorch's, as a part of the largest logit. The order of sums makes
 # 1e-7 to 1e-5, and 3e-4 in a random model of 32 layers so sharp that bfloat16 moves its logits by half; exchanging two
@@ -66,13 +66,20 @@ def random_tokens(c: ModelConfig) -> np.ndarray:
 
 
 def probe(model: Transformer, tokens: np.ndarray) -> np.ndarray:
-    """Logits of the tokens, computed in float32."""
-    return np.asarray(_logits(_in_float32(model), jnp.asarray(tokens)))
+    """Logits of the tokens in float32, one layer at a time: compiled whole, XLA would widen all of them at once."""
+    model = _in_float32(model)
+    x_BLD = jnp.asarray(model.wte[...][tokens], jnp.float32)
+    for i in range(model.config.n_layers):
+        x_BLD = _layer(jax.tree.map(lambda x: x[i], model.blocks), x_BLD)  # noqa: B023
+    x_BLD = rms_norm(x_BLD, jnp.asarray(model.ln_f[...], jnp.float32), model.config.rms_norm_eps)
+    rows = range(0, model.config.embedding_size, 8192)
+    parts = [np.asarray(x_BLD @ model.head[i : i + 8192].T.astype(jnp.float32)) for i in rows]
+    return np.concatenate(parts, axis=-1)
 
 
 @jax.jit
-def _logits(model: Transformer, tokens: jax.Array) -> jax.Array:
-    return model(tokens)
+def _layer(block: Block, x_BLD: jax.Array) -> jax.Array:
+    return block(x_BLD, None)
 
 
 def compare(before: np.ndarray, wanted: np.ndarray, found: np.ndarray) -> str:

@@ -93,7 +93,6 @@ def save_hf(
     file_dtype = {dtype: name for name, dtype in files.DTYPES.items()}
     layout = [(t.name, file_dtype[leaves[t.parameter].dtype], t.shape) for t in tensors.values()]
     shards = _shards(layout, _size(max_shard_size))
-    companions = [] if source_dir is None else _companions(Path(source_dir))
 
     def contents(shard) -> Iterator[np.ndarray]:
         for name, _, _ in shard:
@@ -106,12 +105,12 @@ def save_hf(
             pass
     else:
         with new_directory(path) as temporary:
+            if source_dir is not None:
+                copy_companions(source_dir, temporary)
             for file, shard in shards.items():
                 files.write_file(temporary / file, shard, contents(shard))
             if len(shards) > 1:
                 (temporary / files.INDEX).write_text(_index(shards))
-            for companion in companions:
-                shutil.copyfile(companion, temporary / companion.name)
             (temporary / "config.json").write_bytes(text.encode())
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("save_hf")
@@ -122,15 +121,23 @@ def save_workdir(model: Transformer, path: str | Path, *, source_dir: str | Path
 
     A run starts from it with config.train.init_from. source_dir, and what is raised, as for `save_hf`.
     """
-    companions = [] if source_dir is None else _companions(Path(source_dir))
     with new_directory(Path(path)) as temporary:
+        if source_dir is not None:
+            copy_companions(source_dir, temporary / "tokenizer")
         with ocp.training.Checkpointer(epath.Path(temporary).resolve() / "checkpoints") as orbax:
             orbax.save_checkpointables(0, {"model": dict(checkpoint.named_leaves(model))})
-        for companion in companions:
-            (temporary / "tokenizer").mkdir(exist_ok=True)
-            shutil.copyfile(companion, temporary / "tokenizer" / companion.name)
         config = {"model": dataclasses.asdict(model.config)}
         (temporary / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True, ensure_ascii=False))
+
+
+def copy_companions(source: str | Path, directory: Path) -> None:
+    """Copies the files of COMPANIONS from beside a published checkpoint, or from the tokenizer/ of a workdir."""
+    beside = tokenizer_directory(source)
+    if not beside.is_dir():
+        raise InputError(f"source_dir {source}: no such directory")
+    for file in sorted({file for pattern in COMPANIONS for file in beside.glob(pattern) if file.is_file()}):
+        directory.mkdir(exist_ok=True)
+        shutil.copyfile(file, directory / file.name)
 
 
 @contextlib.contextmanager
@@ -260,15 +267,6 @@ def _index(shards: dict[str, list]) -> str:
     weight_map = {name: file for file, shard in shards.items() for name, _, _ in shard}
     index = {"metadata": {"total_size": sum(sizes)}, "weight_map": dict(sorted(weight_map.items()))}
     return json.dumps(index, indent=2) + "\n"
-
-
-def _companions(source: Path) -> list[Path]:
-    """The files of COMPANIONS beside a published checkpoint, or in the tokenizer directory of a workdir."""
-    directory = tokenizer_directory(source)
-    if not directory.is_dir():
-        raise InputError(f"source_dir {source}: no such directory")
-    found = itertools.chain.from_iterable(directory.glob(pattern) for pattern in COMPANIONS)
-    return sorted({path for path in found if path.is_file()})
 
 
 def _token_ids(directory: Path) -> dict[str, int]:
