@@ -3,7 +3,7 @@
 python tools/prepare_data.py --kind=chat --files='dialogues/*.jsonl' --tokenizer=LLADA_DIR \
     --row_length=4096 --output=DATA
 python -m llada_jax.train --config=configs/llada_8b_sft.py:v5e-64 --workdir=DIR \
-    --config.train.init_from=PRETRAINED_WORKDIR --config.data.path=DATA
+    --config.train.init_from=PRETRAINED --config.data.path=DATA
 """
 
 from llada_jax.config import run_config, set_slice

@@ -1,7 +1,7 @@
 """Fine-tunes a model on chat messages: JSONL, {"messages": [{"role": "user", "content": …}, …]} a line.
 
 python -m llada_jax.train --config=configs/sft_tiny.py --workdir=DIR \
-    --config.train.init_from=PRETRAINED_WORKDIR --config.data.files='chats/*.jsonl'
+    --config.train.init_from=PRETRAINED --config.data.files='chats/*.jsonl'
 """
 
 from llada_jax.config import run_config

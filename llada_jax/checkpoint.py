@@ -13,7 +13,7 @@ import jax
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from llada_jax.config import InputError, ModelConfig, RunConfig, differences, model_config
+from llada_jax.config import InputError, ModelConfig, RunConfig, differences, model_config, run_config
 from llada_jax.model import Transformer
 from llada_jax.train_step import TrainState
 
@@ -112,7 +112,7 @@ def claim_workdir(workdir: str | Path, config: RunConfig) -> None:
     workdir = Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     if (workdir / "config.json").exists():
-        changed = differences(load_config(workdir), json.loads(json.dumps(config.to_dict())))
+        changed = differences(_with_defaults(load_config(workdir)), json.loads(json.dumps(config.to_dict())))
         refused = [line for line in changed if not line.startswith(_HARMLESS)]
         if refused:
             raise InputError(
@@ -123,6 +123,12 @@ def claim_workdir(workdir: str | Path, config: RunConfig) -> None:
     temporary = workdir / "config.json.tmp"
     temporary.write_text(json.dumps(config.to_dict(), indent=1, sort_keys=True, ensure_ascii=False))
     temporary.replace(workdir / "config.json")
+
+
+def _with_defaults(config: dict) -> dict:
+    """A stored config with the fields that this version added since, at their defaults."""
+    defaults = json.loads(json.dumps(run_config().to_dict()))
+    return {group: fields | config.get(group, {}) for group, fields in defaults.items()}
 
 
 def _parts(state: TrainState) -> dict[str, dict[str, jax.Array]]:

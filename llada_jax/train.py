@@ -4,6 +4,7 @@ python -m llada_jax.train --config=configs/pretrain_tiny.py --workdir=DIR [--con
 """
 
 import contextlib
+import dataclasses
 import shutil
 import time
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from llada_jax.attention import kernel_for
 from llada_jax.config import InputError, ModelConfig, RunConfig, model_config
 from llada_jax.data import pipeline, prepare, sources
 from llada_jax.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from llada_jax.interop import hf
 from llada_jax.metrics import Reporter
 from llada_jax.model import parameter_count
 from llada_jax.sampling import chat
@@ -43,6 +45,8 @@ def train(config: RunConfig, workdir: str | Path, *, title: str = "train") -> di
         model = fit_to_tokenizer(config, tokenizer)
         checkpoint.claim_workdir(workdir, config)
         tokenizer.save(workdir / "tokenizer")
+        if config.train.init_from:
+            hf.copy_companions(config.train.init_from, workdir / "tokenizer")
 
     with jax.set_mesh(mesh):
         saver = checkpoint.Checkpointer(workdir, config)
@@ -93,7 +97,7 @@ def _start(config: RunConfig, model: ModelConfig, optax_optimizer, saver, mesh) 
     if saver.latest is not None:
         return saver.restore(state)
     if config.train.init_from:
-        weights = jax.tree.leaves(checkpoint.load_model(config.train.init_from, mesh))
+        weights = jax.tree.leaves(hf.load(config.train.init_from, "float32", mesh))
         state.model = jax.tree.unflatten(jax.tree.structure(state.model), weights)
     return state
 
@@ -184,7 +188,7 @@ def _tokenizer(config: RunConfig, workdir: Path) -> Tokenizer:
     if data.tokenizer:
         return load_tokenizer(data.tokenizer)
     if config.train.init_from:
-        return load_tokenizer(Path(config.train.init_from) / "tokenizer")
+        return load_tokenizer(hf.tokenizer_directory(config.train.init_from))
     path = workdir / "tokenizer" / "tokenizer.model"
     if path.exists():
         return load_tokenizer(path)
@@ -196,22 +200,22 @@ def _tokenizer(config: RunConfig, workdir: Path) -> Tokenizer:
 
 
 def _same_tokenizer(tokenizer: Tokenizer, init_from: str, data_path: Path) -> None:
-    theirs = load_tokenizer(Path(init_from) / "tokenizer")
-    if theirs.fingerprint != tokenizer.fingerprint:
+    directory = hf.tokenizer_directory(init_from)
+    if load_tokenizer(directory).fingerprint != tokenizer.fingerprint:
         raise InputError(
             f"{data_path}: made with another tokenizer than the model in {init_from}; prepare it with "
-            f"--tokenizer={Path(init_from) / 'tokenizer'}"
+            f"--tokenizer={directory}"
         )
 
 
 def fit_to_tokenizer(config: RunConfig, tokenizer: Tokenizer) -> ModelConfig:
     """Fills in what the tokenizer decides (sizes that are 0, special ids) and checks that the rest fits.
 
-    A model that starts from another run takes that run's architecture.
+    A model that starts from another takes its architecture.
     """
     m = config.model
     if config.train.init_from:
-        theirs = checkpoint.load_config(config.train.init_from)["model"]
+        theirs = dataclasses.asdict(hf.load_config(config.train.init_from, m.dtype))
         m.update({name: value for name, value in theirs.items() if name not in ("dtype", "remat", "attention_kernel")})
     m.vocab_size = m.vocab_size or tokenizer.vocab_size
     m.embedding_size = m.embedding_size or -(-m.vocab_size // 64) * 64
@@ -230,7 +234,7 @@ def check(config: RunConfig, devices: int) -> None:
     t, d, o = config.train, config.data, config.objective
     context = config.model.max_sequence_length
     if t.init_from:
-        context = checkpoint.load_config(t.init_from)["model"]["max_sequence_length"]
+        context = hf.load_config(t.init_from, config.model.dtype).max_sequence_length
     if d.row_length > context:
         raise InputError(
             f"config.data.row_length {d.row_length} is longer than the model's context, "

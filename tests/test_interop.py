@@ -23,6 +23,10 @@ from llada_jax.interop import hf, hf_config, names, safetensors_io
 from llada_jax.model import Transformer
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
+
+import convert_checkpoint  # noqa: E402
+
 A, B, SHARDED, BF16 = (
     REFERENCE / name for name in ("ckpt_a_mha", "ckpt_b_gqa_tied", "ckpt_a_mha_sharded", "ckpt_a_mha_bf16")
 )
@@ -282,14 +286,14 @@ def test_conversion_there_and_back_is_exact(tmp_path, name):
     shutil.copy(REFERENCE / name / "config.json", source)
     shutil.copy(Path(__file__).parent / "golden" / "tokenizer" / "tokenizer.json", source)
     run, back = tmp_path / "run", tmp_path / "back"
-    done = convert(f"--source={source}", f"--target={run}", "--to=orbax", "--verify")
-    assert done.returncode == 0, done.stderr
-    assert "those of the source" in done.stdout and names_of(run) == ["checkpoints", "config.json", "tokenizer"]
+    said = convert_checkpoint.convert(source, run, "orbax", None, "5GB", verify=True)
+    assert "those of the source" in said and "PyTorch computes the same from the source, within" in said
+    assert names_of(run) == ["checkpoints", "config.json", "tokenizer"]
     model = hf.load(run)
     assert model.wte.dtype == jnp.float32 and model.config == hf.load(source).config
     assert hf.load(run, "bfloat16").config.dtype == "bfloat16"
-    done = convert(f"--source={run}", f"--target={back}", "--to=hf", "--verify")
-    assert done.returncode == 0, done.stderr
+    said = convert_checkpoint.convert(run, back, "hf", None, "5GB", verify=True)
+    assert "those of the source" in said and "PyTorch computes the same from the target, within" in said
     same_files(source, back)
 
 

@@ -146,8 +146,30 @@ def test_one_program_serves_every_prompt_of_a_shape(model, rng):
     options = dict(gen_length=4, steps=2, block_length=4)
     reverse.generate(model, rng.integers(7, 60, (2, 9)), **options)
     before = reverse.reverse._cache_size()
-    reverse.generate(model, rng.integers(7, 60, (2, 9)), **options)
+    with_masks = rng.integers(7, 60, (2, 9))
+    with_masks[0, 2:4] = with_masks[1, 0] = MASK
+    assert not np.any(reverse.generate(model, with_masks, **options) == MASK)
     assert reverse.reverse._cache_size() == before
+    padded = np.ones((2, 9), np.int32)
+    reverse.generate(model, with_masks, padded, **options)
+    padded[0, :3] = 0
+    reverse.generate(model, with_masks, padded, **options)
+    assert reverse.reverse._cache_size() == before + 1  # with an attention mask it is another one, whatever it hides
+
+
+def test_windows_before_the_block_see_what_one_wide_window_sees(model, rng):
+    """A prompt of 30 with masks in three windows of 4, filled while the first block is, in any remasking."""
+    prompt = rng.integers(7, 60, (2, 30))
+    prompt[0, [1, 2, 17, 29]] = prompt[1, 22] = MASK
+    for options in (dict(temperature=0.7), dict(remasking="random")):
+        narrow = reverse.sample(model, prompt, gen_length=4, steps=3, block_length=4, **options)
+        canvas = jnp.asarray(np.concatenate([prompt, np.full((2, 4), MASK)], 1), jnp.int32)
+        whole = dict(temperature=0.0, remasking="low_confidence") | options
+        ids = model.config.eos_token_id, model.config.eot_token_id
+        wide = reverse.Options(0, 34, 3, whole["temperature"], 0.0, whole["remasking"], False, False, MASK, *ids)
+        wide = reverse.reverse(model, canvas, None, jax.random.key(0), wide)
+        np.testing.assert_array_equal(narrow.tokens, wide.tokens)
+        np.testing.assert_array_equal(narrow.step, wide.step)
 
 
 @pytest.mark.parametrize(

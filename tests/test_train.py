@@ -13,6 +13,7 @@ from llada_jax import checkpoint, sharding, train
 from llada_jax.config import InputError
 from llada_jax.data import sources
 from llada_jax.data.tokenizer import load_tokenizer
+from llada_jax.interop import hf
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -98,6 +99,23 @@ def test_fine_tuning_starts_from_the_model_and_its_tokenizer(run, tmp_path):
     assert 0 < moved < 0.2
 
 
+def test_a_published_checkpoint_is_started_from_as_its_workdir_is(run, tmp_path):
+    run.train.steps = 1
+    train.train(run, tmp_path / "w")
+    hf.save_hf(hf.load(tmp_path / "w"), tmp_path / "published", source_dir=tmp_path / "w")
+    (tmp_path / "published" / "generation_config.json").write_text("{}")
+    run.model.update(dict(n_layers=3, rope_theta=7.0))  # given up for the architecture of the model
+    for source in ("w", "published"):
+        run.train.init_from = str(tmp_path / source)
+        train.train(run, tmp_path / f"from_{source}")
+    after = [leaves(checkpoint.load_model(tmp_path / f"from_{source}")) for source in ("w", "published")]
+    assert all((a == b).all() for a, b in zip(*after, strict=True))
+    assert (tmp_path / "from_published" / "tokenizer" / "generation_config.json").exists()
+    run.data.row_length = 65
+    with pytest.raises(InputError, match="row_length 65 is longer than the model's context"):
+        train.train(run, tmp_path / "x")
+
+
 def change(**fields):
     def apply(run):
         for name, value in fields.items():
@@ -141,6 +159,18 @@ def test_a_workdir_of_another_run_is_refused_with_the_difference(run, tmp_path):
         train.train(run, tmp_path / "w")
 
 
+def test_a_workdir_from_before_a_field_existed_is_continued_if_the_field_has_its_default(run, tmp_path):
+    checkpoint.claim_workdir(tmp_path, run)
+    old = json.loads((tmp_path / "config.json").read_text())
+    del old["model"]["family"], old["data"]["threads"]
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    checkpoint.claim_workdir(tmp_path, run)
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    run.model.family = "illada"
+    with pytest.raises(InputError, match=r"config\.model\.family: 'llada' -> 'illada'"):
+        checkpoint.claim_workdir(tmp_path, run)
+
+
 def test_a_tokenizer_that_does_not_match_the_model_is_refused(run, tmp_path, couplets_file):
     train.train(run, tmp_path / "w")
     other = tmp_path / "other.txt"
@@ -148,9 +178,13 @@ def test_a_tokenizer_that_does_not_match_the_model_is_refused(run, tmp_path, cou
     run.data.files, run.data.validation_fraction = str(other), 0.0
     run.train.steps = 1
     train.train(run, tmp_path / "v")
-    run.data.path, run.train.init_from = str(tmp_path / "v/data"), str(tmp_path / "w")
-    with pytest.raises(InputError, match="made with another tokenizer than the model"):
-        train.train(run, tmp_path / "x")
+    hf.save_hf(hf.load(tmp_path / "w"), tmp_path / "published", source_dir=tmp_path / "w")
+    (tmp_path / "published" / "generation_config.json").write_text("{}")
+    run.data.path = str(tmp_path / "v/data")
+    for source in ("w", "published"):
+        run.train.init_from = str(tmp_path / source)
+        with pytest.raises(InputError, match="made with another tokenizer than the model"):
+            train.train(run, tmp_path / "x")
 
 
 @pytest.mark.parametrize(

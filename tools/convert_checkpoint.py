@@ -4,10 +4,12 @@ python tools/convert_checkpoint.py --source=LLaDA-8B-Base --target=runs/llada_8b
 python tools/convert_checkpoint.py --source=runs/sft --target=my-llada-8b-sft --to=hf --dtype=bfloat16
 
 A run starts from the former with --config.train.init_from=runs/llada_8b. The tokenizer and generation settings come
-along. The target appears when it is complete, and with --verify only if it computes what the source computes.
+along. The target appears when it is complete, and with --verify only if it computes what the source computes and, where
+PyTorch is installed, what a forward pass written in PyTorch computes from the published files. Runs on the CPU.
 """
 
 import dataclasses
+import importlib.util
 import json
 import os
 import sys
@@ -22,47 +24,62 @@ from tqdm import tqdm
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # the checkout
 
 from llada_jax import cli
-from llada_jax.config import InputError
+from llada_jax.config import InputError, ModelConfig
 from llada_jax.interop import hf
-from llada_jax.model import Transformer
+from llada_jax.model import Block, Transformer, rms_norm
 
-SOURCE = flags.DEFINE_string("source", None, "Directory of a published checkpoint or of a run.", required=True)
-TARGET = flags.DEFINE_string("target", None, "Directory to make.", required=True)
-TO = flags.DEFINE_enum("to", None, ["hf", "orbax"], "hf: published names and files; orbax: a workdir.", required=True)
-DTYPE = flags.DEFINE_enum(
-    "dtype", None, ["float32", "bfloat16"], "Of the parameters. Default: as stored; for a run that began with a "
-    "published model and goes --to=hf: as that one says (torch_dtype of its config.json)."
-)  # fmt: skip
-MAX_SHARD_SIZE = flags.DEFINE_string("max_shard_size", "5GB", "Of one .safetensors file.")
-VERIFY = flags.DEFINE_bool("verify", False, "Compare the logits of both sides on random tokens.")
+# Largest difference between our float32 logits and PyTorch's, as a part of the largest logit. The order of sums makes
+# 1e-7 to 1e-5, and 3e-4 in a random model of 32 layers so sharp that bfloat16 moves its logits by half; exchanging two
+# tensors of a trained layer, or its rotary pairs, makes 0.1 and more.
+TOLERANCE = 1e-3
 
 
-def main(_argv: list[str]) -> None:
-    source, target = Path(SOURCE.value), Path(TARGET.value)
+def convert(source: Path, target: Path, to: str, dtype: str | None, max_shard_size: str, verify: bool) -> str:
+    """Writes `target`; returns what there is to say about it. The arguments are the flags."""
     with hf.new_directory(target) as made:
         with _bar("read", sum(file.stat().st_size for file in source.glob("*.safetensors"))) as bar:
             model = hf.load(source, progress=bar.update)
-        before = probe(model) if VERIFY.value else None
-        dtype = DTYPE.value or (_published_dtype(model) if TO.value == "hf" else None)
+        tokens = random_tokens(model.config)
+        before = probe(model, tokens) if verify else None
+        dtype = dtype or (_published_dtype(model) if to == "hf" else None)
         model = model if dtype is None else jax.tree.map(lambda x: x.astype(dtype), model)
-        if TO.value == "hf":
+        if to == "hf":
             with _bar("write", sum(x.nbytes for x in jax.tree.leaves(model))) as bar:
-                hf.save_hf(model, made, MAX_SHARD_SIZE.value, source_dir=source, progress=bar.update)
+                hf.save_hf(model, made, max_shard_size, source_dir=source, progress=bar.update)
         else:
             hf.save_workdir(model, made, source_dir=source)
         report = f"{target}: {' and '.join(sorted({x.dtype.name for x in jax.tree.leaves(model)}))} parameters"
+        if code := _missing_code(made):
+            report += f"; for transformers, put {' and '.join(code)} of the published model beside them"
         if before is not None:
-            wanted = probe(model)
+            wanted = probe(model, tokens)
             del model
-            report += f"; {compare(before, wanted, probe(hf.load(made)))}"
-    print(report)
+            found = probe(hf.load(made), tokens)
+            report += f"; {compare(before, wanted, found)}"
+            report += f"; {compare_with_torch(tokens, {'source': (source, before), 'target': (made, found)})}"
+    return report
 
 
-def probe(model: Transformer) -> np.ndarray:
-    """Float32 logits of some random tokens."""
-    shape = (2, min(64, model.config.max_sequence_length))
-    tokens = np.random.default_rng(0).integers(0, model.config.embedding_size, shape)
-    return np.asarray(_in_float32(model)(jnp.asarray(tokens, jnp.int32)))
+def random_tokens(c: ModelConfig) -> np.ndarray:
+    """Ids [2, at most 64] from all rows of the embedding."""
+    return np.random.default_rng(0).integers(0, c.embedding_size, (2, min(64, c.max_sequence_length)), np.int32)
+
+
+def probe(model: Transformer, tokens: np.ndarray) -> np.ndarray:
+    """Logits of the tokens in float32, one layer at a time: compiled whole, XLA would widen all of them at once."""
+    model = _in_float32(model)
+    x_BLD = jnp.asarray(model.wte[...][tokens], jnp.float32)
+    for i in range(model.config.n_layers):
+        x_BLD = _layer(jax.tree.map(lambda x: x[i], model.blocks), x_BLD)  # noqa: B023
+    x_BLD = rms_norm(x_BLD, jnp.asarray(model.ln_f[...], jnp.float32), model.config.rms_norm_eps)
+    rows = range(0, model.config.embedding_size, 8192)
+    parts = [np.asarray(x_BLD @ model.head[i : i + 8192].T.astype(jnp.float32)) for i in rows]
+    return np.concatenate(parts, axis=-1)
+
+
+@jax.jit
+def _layer(block: Block, x_BLD: jax.Array) -> jax.Array:
+    return block(x_BLD, None)
 
 
 def compare(before: np.ndarray, wanted: np.ndarray, found: np.ndarray) -> str:
@@ -79,11 +96,39 @@ def compare(before: np.ndarray, wanted: np.ndarray, found: np.ndarray) -> str:
     return f"the logits of {found[..., 0].size} random tokens are those intended; {rounding}"
 
 
+def compare_with_torch(tokens: np.ndarray, sides: dict[str, tuple[Path, np.ndarray]]) -> str:
+    """What PyTorch computes from each side that is published files, held against our logits of it."""
+    published = {side: (path, ours) for side, (path, ours) in sides.items() if any(path.glob("*.safetensors"))}
+    if not published:
+        return "no published files to compare with PyTorch"
+    if importlib.util.find_spec("torch") is None:
+        return "not compared with PyTorch, which is not installed"
+    import torch_logits
+
+    differences = []
+    for side, (path, ours) in published.items():
+        theirs = torch_logits.logits(path, tokens)
+        differences.append(np.max(np.abs(ours - theirs)) / np.max(np.abs(theirs)))
+        if not differences[-1] <= TOLERANCE:  # NaN fails
+            raise InputError(
+                f"verification failed: PyTorch computes other logits from the {side}, the largest difference is "
+                f"{differences[-1]:.2g} of the largest logit; nothing is kept"
+            )
+    return f"PyTorch computes the same from the {' and '.join(published)}, within {max(differences):.1g}"
+
+
 def _in_float32(model: Transformer) -> Transformer:
     """The same parameters, computing in float32."""
     config = dataclasses.replace(model.config, dtype="float32")
     like = jax.eval_shape(lambda key: Transformer(config, key), jax.random.key(0))
     return jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(model))
+
+
+def _missing_code(directory: Path) -> list[str]:
+    """The Python files that auto_map of config.json names and that are not in the directory."""
+    code = json.loads((directory / "config.json").read_text()).get("auto_map") or {}
+    files = {f"{name.split('.')[0]}.py" for name in code.values() if isinstance(name, str) and "--" not in name}
+    return sorted(file for file in files if not (directory / file).exists())
 
 
 def _published_dtype(model: Transformer) -> str | None:
@@ -96,5 +141,20 @@ def _bar(what: str, total: int) -> tqdm:
     return tqdm(desc=what, total=total, unit="B", unit_scale=True, disable=None, leave=False)
 
 
-if __name__ == "__main__":
+def main(_argv: list[str]) -> None:
+    jax.config.update("jax_platforms", "cpu")  # memory of the host; accelerators round float32 products
+    f = flags.FLAGS
+    print(convert(Path(f.source), Path(f.target), f.to, f.dtype, f.max_shard_size, f.verify))
+
+
+if __name__ == "__main__":  # flags are defined here, so that other programs may import convert()
+    flags.DEFINE_string("source", None, "Directory of a published checkpoint or of a run.", required=True)
+    flags.DEFINE_string("target", None, "Directory to make.", required=True)
+    flags.DEFINE_enum("to", None, ["hf", "orbax"], "hf: published names and files; orbax: a workdir.", required=True)
+    flags.DEFINE_enum(
+        "dtype", None, ["float32", "bfloat16"], "Of the parameters. Default: as stored; for a run that began with a "
+        "published model and goes --to=hf: as that one says (torch_dtype of its config.json)."
+    )  # fmt: skip
+    flags.DEFINE_string("max_shard_size", "5GB", "Of one .safetensors file.")
+    flags.DEFINE_bool("verify", False, "Compare the logits of both sides, and PyTorch's, on random tokens.")
     cli.run(main)

@@ -115,7 +115,7 @@ def atomic_directory(output: Path) -> Iterator[Path]:
         directory = output.parent / f"{owner}{os.getpid()}"
         directory.mkdir()
     except OSError as error:
-        raise InputError(f"{output}: cannot be written ({error.strerror}); choose another --output") from error
+        raise InputError(f"{output}: cannot be written ({error.strerror}); choose another directory") from error
     try:
         with _sigterm_raises():
             yield directory
@@ -123,7 +123,7 @@ def atomic_directory(output: Path) -> Iterator[Path]:
     except (OSError, RuntimeError) as error:  # ArrayRecord raises RuntimeError
         full = os.strerror(errno.ENOSPC)
         if getattr(error, "errno", None) == errno.ENOSPC or full in str(error):
-            raise InputError(f"{output}: {full.lower()}; free some or choose another --output") from error
+            raise InputError(f"{output}: {full.lower()}; free some or choose another directory") from error
         raise
     finally:
         shutil.rmtree(directory, ignore_errors=True)

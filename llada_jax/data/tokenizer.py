@@ -262,7 +262,10 @@ class _TokenizerJson:
         def id_of(name: str) -> int:
             id = self._hf.token_to_id(self._names[name])
             if id is None:
-                raise InputError(f"{path}: no {name} {self._names[name]!r}; is it a LLaDA tokenizer?")
+                raise InputError(
+                    f"{path}: no {name} {self._names[name]!r}; name it in tokenizer_config.json beside it "
+                    f'(iLLaDA: "mask_token" is the token of id 5)'
+                )
             return id
 
         self.bos_id, self.eos_id, self.pad_id = (

@@ -18,7 +18,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from llada_jax import checkpoint
-from llada_jax.config import InputError, ModelConfig
+from llada_jax.config import InputError, ModelConfig, model_config
 from llada_jax.data.shards import atomic_directory
 from llada_jax.interop import hf_config, names
 from llada_jax.interop import safetensors_io as files
@@ -47,13 +47,10 @@ def load(path: str | Path, dtype=None, mesh=None, *, progress: Progress = lambda
     directory = Path(path)
     if dtype is not None:
         dtype = _float_name(dtype)
-    text = hf_config.read_text(directory)
-    if "model" in (raw := hf_config.parse(text, str(directory / "config.json"))) and "model_type" not in raw:
+    if _is_workdir(_read_json(directory)):
         return _load_workdir(directory, dtype, mesh)
     stored = files.read_directory(directory)
-    config = hf_config.read_config(
-        text, str(directory / "config.json"), dtype or _compute_dtype(stored, directory), _token_ids(directory)
-    )
+    config = load_config(directory, dtype or _compute_dtype(stored, directory))
     parts = _assign(stored, config, directory)
     like = checkpoint.abstract_model(config, mesh)
     leaves = []
@@ -61,6 +58,21 @@ def load(path: str | Path, dtype=None, mesh=None, *, progress: Progress = lambda
         kind = dtype or jnp.result_type(*(files.DTYPES[part.dtype] for part in parts[name]))
         leaves.append(_parameter(leaf, np.dtype(kind), parts[name], name.startswith("blocks."), progress))
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+
+def load_config(path: str | Path, dtype: str = "float32") -> ModelConfig:
+    """The config of the model that `load` would make of this directory, computing in `dtype`; reads no tensor."""
+    directory = Path(path)
+    if _is_workdir(raw := _read_json(directory)):
+        return dataclasses.replace(model_config(raw["model"]), dtype=dtype)
+    text, where = hf_config.read_text(directory), str(directory / "config.json")
+    return hf_config.read_config(text, where, dtype, _token_ids(directory))
+
+
+def tokenizer_directory(path: str | Path) -> Path:
+    """Where the tokenizer lies: beside a published checkpoint, in tokenizer/ of a workdir."""
+    inner = Path(path) / "tokenizer"
+    return inner if inner.is_dir() else Path(path)
 
 
 def save_hf(
@@ -81,7 +93,6 @@ def save_hf(
     file_dtype = {dtype: name for name, dtype in files.DTYPES.items()}
     layout = [(t.name, file_dtype[leaves[t.parameter].dtype], t.shape) for t in tensors.values()]
     shards = _shards(layout, _size(max_shard_size))
-    companions = [] if source_dir is None else _companions(Path(source_dir))
 
     def contents(shard) -> Iterator[np.ndarray]:
         for name, _, _ in shard:
@@ -94,12 +105,12 @@ def save_hf(
             pass
     else:
         with new_directory(path) as temporary:
+            if source_dir is not None:
+                copy_companions(source_dir, temporary)
             for file, shard in shards.items():
                 files.write_file(temporary / file, shard, contents(shard))
             if len(shards) > 1:
                 (temporary / files.INDEX).write_text(_index(shards))
-            for companion in companions:
-                shutil.copyfile(companion, temporary / companion.name)
             (temporary / "config.json").write_bytes(text.encode())
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("save_hf")
@@ -110,15 +121,23 @@ def save_workdir(model: Transformer, path: str | Path, *, source_dir: str | Path
 
     A run starts from it with config.train.init_from. source_dir, and what is raised, as for `save_hf`.
     """
-    companions = [] if source_dir is None else _companions(Path(source_dir))
     with new_directory(Path(path)) as temporary:
+        if source_dir is not None:
+            copy_companions(source_dir, temporary / "tokenizer")
         with ocp.training.Checkpointer(epath.Path(temporary).resolve() / "checkpoints") as orbax:
             orbax.save_checkpointables(0, {"model": dict(checkpoint.named_leaves(model))})
-        for companion in companions:
-            (temporary / "tokenizer").mkdir(exist_ok=True)
-            shutil.copyfile(companion, temporary / "tokenizer" / companion.name)
         config = {"model": dataclasses.asdict(model.config)}
         (temporary / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True, ensure_ascii=False))
+
+
+def copy_companions(source: str | Path, directory: Path) -> None:
+    """Copies the files of COMPANIONS from beside a published checkpoint, or from the tokenizer/ of a workdir."""
+    beside = tokenizer_directory(source)
+    if not beside.is_dir():
+        raise InputError(f"source_dir {source}: no such directory")
+    for file in sorted({file for pattern in COMPANIONS for file in beside.glob(pattern) if file.is_file()}):
+        directory.mkdir(exist_ok=True)
+        shutil.copyfile(file, directory / file.name)
 
 
 @contextlib.contextmanager
@@ -128,6 +147,14 @@ def new_directory(path: Path) -> Iterator[Path]:
         raise InputError(f"{path}: exists and is not an empty directory; choose another place")
     with atomic_directory(path.absolute()) as temporary:
         yield temporary
+
+
+def _read_json(directory: Path) -> dict:
+    return hf_config.parse(hf_config.read_text(directory), str(directory / "config.json"))
+
+
+def _is_workdir(config: dict) -> bool:
+    return "model" in config and "model_type" not in config
 
 
 def _load_workdir(directory: Path, dtype: str | None, mesh) -> Transformer:
@@ -240,15 +267,6 @@ def _index(shards: dict[str, list]) -> str:
     weight_map = {name: file for file, shard in shards.items() for name, _, _ in shard}
     index = {"metadata": {"total_size": sum(sizes)}, "weight_map": dict(sorted(weight_map.items()))}
     return json.dumps(index, indent=2) + "\n"
-
-
-def _companions(source: Path) -> list[Path]:
-    """The files of COMPANIONS beside a published checkpoint, or in the tokenizer directory of a workdir."""
-    directory = source / "tokenizer" if (source / "tokenizer").is_dir() else source
-    if not directory.is_dir():
-        raise InputError(f"source_dir {source}: no such directory")
-    found = itertools.chain.from_iterable(directory.glob(pattern) for pattern in COMPANIONS)
-    return sorted({path for path in found if path.is_file()})
 
 
 def _token_ids(directory: Path) -> dict[str, int]:

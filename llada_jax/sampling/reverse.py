@@ -71,13 +71,12 @@ def sample(
     _check(model.config, P, gen_length, steps, block_length, temperature, cfg_scale, remasking)
     canvas = np.concatenate([prompt, np.full((B, gen_length), ids[0])], axis=1).astype(np.int32)
     visible = None
-    if attention_mask is not None and not np.all(attention_mask):
+    if attention_mask is not None:
         real = np.asarray(attention_mask) != 0
         visible = np.concatenate([real, np.ones((B, gen_length), bool)], axis=1).astype(np.int32)
     options = Options(
-        P, block_length, steps, temperature, cfg_scale, remasking, logits_eos_inf, confidence_eos_eot_inf, *ids,
-        infill=bool((prompt == ids[0]).any()),
-    )  # fmt: skip
+        P, block_length, steps, temperature, cfg_scale, remasking, logits_eos_inf, confidence_eos_eot_inf, *ids
+    )
     return _reverse_rows(model, canvas, visible, jax.random.key(0) if key is None else key, options)
 
 
@@ -96,7 +95,6 @@ class Options:
     mask_id: int
     eos_id: int
     eot_id: int
-    infill: bool = False  # masks before `start`, too: the first block's quota counts them
 
 
 @functools.partial(jax.jit, static_argnames="options")
@@ -106,63 +104,77 @@ def reverse(
 ) -> Sampled:  # fmt: skip
     """Fills every mask of the canvas; `visible` int32 [B, S] hides keys where it is 0.
 
+    The vocabulary is read in windows as wide as a block: the block itself and, while the prompt still holds masks,
+    those before it. So memory does not grow with the prompt, and a prompt with masks needs no program of its own.
+
     draws: Gumbel noise [steps, B, S, V] and the confidences of random remasking [steps, B, S], each to take instead of
     drawing it from the key, so that other code can be followed draw by draw.
     """
     o = options
     B, S = canvas_BS.shape
-    blocks = (S - o.start) // o.block_length
+    W = o.block_length
+    blocks = (S - o.start) // W
     steps = o.steps // blocks
-    width, whole = (S, True) if o.infill else (o.block_length, False)
     given_BS = canvas_BS != o.mask_id
     columns_S = jnp.arange(S)
     noise_TBSV, order_TBS = draws
 
-    def logits(x_BS, first):
-        """[B, width, V] float32 at the window that starts at column `first`."""
+    def hidden(x_BS):
+        """[B, S, D]; with guidance [2B, S, D], the second half without the prompt."""
         rows, visible = x_BS, visible_BS
         if o.cfg_scale > 0:
             rows = jnp.concatenate([x_BS, jnp.where(given_BS, o.mask_id, x_BS)])
             visible = None if visible_BS is None else jnp.concatenate([visible_BS, visible_BS])
-        hidden = model.hidden(rows, visible)
-        hidden = jax.lax.dynamic_slice_in_dim(reshard(hidden, BATCH, None, None), first, width, axis=1)
-        head = use(model.head, hidden.dtype)
-        out = jnp.einsum("BWD,VD->BWV", hidden, head, preferred_element_type=jnp.float32, out_sharding=spec(BATCH))
+        return reshard(model.hidden(rows, visible), BATCH, None, None)
+
+    def logits(hidden_BSD, first):
+        """[B, W, V] float32 at the window that starts at column `first`."""
+        hidden_BWD = jax.lax.dynamic_slice_in_dim(hidden_BSD, first, W, axis=1)
+        head = use(model.head, hidden_BWD.dtype)
+        out = jnp.einsum("BWD,VD->BWV", hidden_BWD, head, preferred_element_type=jnp.float32, out_sharding=spec(BATCH))
         if o.cfg_scale > 0:
             conditional, unconditional = jnp.split(out, 2)
             out = unconditional + (o.cfg_scale + 1) * (conditional - unconditional)
         return select._without(out, (o.eos_id,)) if o.logits_eos_inf else out
 
     def block(b, state):
-        begin, end = o.start + b * o.block_length, o.start + (b + 1) * o.block_length
-        first = 0 if whole else begin
-        masks_B = jnp.sum((state[0] == o.mask_id) & (columns_S < end), axis=1)
+        begin, end = o.start + b * W, o.start + (b + 1) * W
+        open_BS = (state[0] == o.mask_id) & (columns_S < end)
+        masks_B = jnp.sum(open_BS, axis=1)
+        windows = 1 + (jnp.maximum(begin - jnp.argmax(jnp.any(open_BS, axis=0)), 0) + W - 1) // W
 
         def step(carry):
             i, (x_BS, step_BS, probability_BS) = carry
             t = b * steps + i
             noise_key, order_key = jax.random.split(jax.random.fold_in(key, t))
-            window = lambda x_BS: jax.lax.dynamic_slice_in_dim(x_BS, first, width, axis=1)
-            from_end_W = S - 1 - first - jnp.arange(width)  # by what draws are keyed: the same for any left padding
-            noise_BWV = None if noise_TBSV is None else window(noise_TBSV[t])
-            out_BWV, x_BW = logits(x_BS, first), window(x_BS)
-            chosen_BW = select.choose(noise_key, out_BWV, o.temperature, o.mask_id, from_end_W, noise_BWV)
-            last = (o.eos_id, o.eot_id) if o.confidence_eos_eot_inf else ()
-            score_BW = log_odds_BW = select.confidence(out_BWV, chosen_BW, last)
-            if o.remasking == "random":
-                score_BW = (
-                    window(order_TBS[t]) if order_TBS is not None else select.random_score(order_key, B, from_end_W)
+            hidden_BSD = hidden(x_BS)
+
+            def look(window, found):
+                """Puts the predictions of one window, counted backwards from the block, into `found`."""
+                first = jnp.maximum(begin - window * W, 0)
+                from_end_W = S - 1 - first - jnp.arange(W)  # by what draws are keyed: the same for any left padding
+                noise_BWV = (
+                    None if noise_TBSV is None else jax.lax.dynamic_slice_in_dim(noise_TBSV[t], first, W, axis=1)
                 )
-            open_BW = (x_BW == o.mask_id) & (first + jnp.arange(width) < end)
-            commit_BW = select.most_confident(score_BW, open_BW, select.quota(masks_B, steps, i))
+                out_BWV = logits(hidden_BSD, first)
+                chosen_BW = select.choose(noise_key, out_BWV, o.temperature, o.mask_id, from_end_W, noise_BWV)
+                last = (o.eos_id, o.eot_id) if o.confidence_eos_eot_inf else ()
+                predicted = chosen_BW, select.confidence(out_BWV, chosen_BW, last)
+                return tuple(
+                    jax.lax.dynamic_update_slice_in_dim(all_BS, new_BW, first, axis=1)
+                    for all_BS, new_BW in zip(found, predicted, strict=True)
+                )
 
-            def put(old_BS, new_BW):
-                new_BW = jnp.where(commit_BW, new_BW.astype(old_BS.dtype), window(old_BS))
-                return jax.lax.dynamic_update_slice_in_dim(old_BS, new_BW, first, axis=1)
-
-            now_BW = jnp.where(commit_BW, t, 0)
-            state = put(x_BS, chosen_BW), put(step_BS, now_BW), put(probability_BS, jax.nn.sigmoid(log_odds_BW))
-            return i + 1, state
+            nothing = jnp.zeros_like(x_BS), jnp.zeros_like(probability_BS)
+            chosen_BS, log_odds_BS = jax.lax.fori_loop(0, windows, look, nothing)
+            score_BS = log_odds_BS
+            if o.remasking == "random":
+                score_BS = select.random_score(order_key, B, S - 1 - columns_S) if order_TBS is None else order_TBS[t]
+            open_BS = (x_BS == o.mask_id) & (columns_S < end)
+            commit_BS = select.most_confident(score_BS, open_BS, select.quota(masks_B, steps, i))
+            found = chosen_BS, t, jax.nn.sigmoid(log_odds_BS)
+            old = x_BS, step_BS, probability_BS
+            return i + 1, tuple(jnp.where(commit_BS, new, was) for new, was in zip(found, old, strict=True))
 
         def unfinished(carry):
             i, (x_BS, _, _) = carry
