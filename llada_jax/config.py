@@ -16,6 +16,11 @@ class InputError(ValueError):
     """
 
 
+# From most memory and least work to the contrary: keep all; the matrix products; those but the MLP's; the attention
+# output; nothing but the inputs of the layers. "offload" keeps what "projections" does, and the inputs, on the host.
+REMAT = ("none", "matmuls", "projections", "attention", "full", "offload")
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """Architecture of one Transformer. The field names are those of the published LLaDA `config.json`.
@@ -44,7 +49,8 @@ class ModelConfig:
     init_std: float = 0.02
     # How it is computed, not what it is:
     dtype: str = "bfloat16"  # of activations and matrix products; parameters are float32
-    remat: str = "full"  # what the backward pass recomputes: "none", "full" or "dots"
+    remat: str = "full"  # what the backward pass computes again; see REMAT
+    attention_kernel: str = "auto"  # "splash" (TPU), "cudnn" (GPU), "xla"; "auto": that of the platform. attention.py
     # Where it comes from; see interop/:
     family: str = "llada"  # under whose names it is published: "llada" or "illada"
     published: str = dataclasses.field(default="", repr=False)  # the config.json that it was loaded with, word for word
@@ -76,7 +82,7 @@ class ModelConfig:
                 f"{name} {getattr(self, name)} is outside the {self.embedding_size} rows of the embedding",
             )
         require(self.dtype in ("bfloat16", "float32"), f"dtype {self.dtype!r} is not one of bfloat16, float32")
-        require(self.remat in ("none", "full", "dots"), f"remat {self.remat!r} is not one of none, full, dots")
+        require(self.remat in REMAT, f"remat {self.remat!r} is not one of {', '.join(REMAT)}")
         require(self.init in ("mitchell", "normal"), f"init {self.init!r} is not one of mitchell, normal")
         require(self.family in ("llada", "illada"), f"family {self.family!r} is not one of llada, illada")
 

@@ -7,11 +7,27 @@ Weights have the published names and are stored (out, in), as in the published c
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from llada_jax.attention import attention
 from llada_jax.config import ModelConfig
-from llada_jax.sharding import BATCH, HIDDEN, spec, use
+from llada_jax.sharding import BATCH, HIDDEN, platform, reshard, spec, use
+
+# What the backward pass of a layer finds instead of computing it again, by config.model.remat; of the layers' inputs
+# there is always a copy. Names: "input" of the layer, "qkv" after the rotation, "attention" with its log of sums,
+# "attn_out" and "mlp" (both wide matrices of it).
+_named = jax.checkpoint_policies.save_only_these_names
+_POLICIES = {
+    "full": None,
+    "attention": _named("attention"),
+    "projections": _named("attention", "qkv", "attn_out"),
+    "matmuls": _named("attention", "qkv", "attn_out", "mlp"),
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[], names_which_can_be_offloaded=["input", "attention", "qkv", "attn_out"],
+        offload_src="device", offload_dst="pinned_host",
+    ),
+}  # fmt: skip
 
 
 def _weight(key, shape: tuple[int, ...], axes: tuple, std) -> nnx.Param:
@@ -55,11 +71,14 @@ class Block(nnx.Module):
             jnp.einsum("BLD,NHD->BNLH", h_BLD, use(w, dtype), out_sharding=heads)
             for w in (self.q_proj, self.k_proj, self.v_proj)
         )
-        a_BNLH = attention(rope(q, c.rope_theta), rope(k, c.rope_theta), v, segment_ids_BL, c.causal)
-        x_BLD += jnp.einsum("BNLH,DNH->BLD", a_BNLH, use(self.attn_out, dtype), out_sharding=_hidden())
+        q, k, v = (checkpoint_name(x, "qkv") for x in (rope(q, c.rope_theta), rope(k, c.rope_theta), v))
+        a_BNLH = attention(q, k, v, segment_ids_BL, c.causal, c.attention_kernel)
+        out = jnp.einsum("BNLH,DNH->BLD", a_BNLH, use(self.attn_out, dtype), out_sharding=_hidden())
+        x_BLD += checkpoint_name(out, "attn_out")
         h_BLD = rms_norm(x_BLD, use(self.ff_norm, x_BLD.dtype), c.rms_norm_eps).astype(dtype)
+        wide = spec(BATCH, "context", "tensor")
         gate_BLF, up_BLF = (
-            jnp.einsum("BLD,FD->BLF", h_BLD, use(w, dtype), out_sharding=spec(BATCH, "context", "tensor"))
+            checkpoint_name(jnp.einsum("BLD,FD->BLF", h_BLD, use(w, dtype), out_sharding=wide), "mlp")
             for w in (self.ff_proj, self.up_proj)
         )
         out = jnp.einsum("BLF,DF->BLD", jax.nn.silu(gate_BLF) * up_BLF, use(self.ff_out, dtype), out_sharding=_hidden())
@@ -91,14 +110,17 @@ class Transformer(nnx.Module):
         c = self.config
         # The residual stream is as wide as the parameters: with float32 masters it is what PyTorch's autocast computes,
         # with bfloat16 it would be 1.5 times as far from float32 (tests/test_interop.py, autocast).
-        x_BLD = use(self.wte, jnp.promote_types(self.wte.dtype, c.dtype)).at[tokens_BL].get(out_sharding=_hidden())
+        # Each device looks up its columns for the rows of all, and the rows change places: moving those is far less
+        # than gathering the embedding, and its gradient needs no sum over fsdp.
+        wte_VD = self.wte[...].astype(jnp.promote_types(self.wte.dtype, c.dtype))
+        columns = spec("data", "context", "fsdp")
+        x_BLD = reshard(wte_VD.at[reshard(tokens_BL, "data", "context")].get(out_sharding=columns), *HIDDEN)
 
         def layer(x_BLD, block):
-            return block(x_BLD, segment_ids_BL), None
+            return block(checkpoint_name(x_BLD, "input"), segment_ids_BL), None
 
         if c.remat != "none":
-            dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-            layer = jax.checkpoint(layer, prevent_cse=False, policy=dots if c.remat == "dots" else None)
+            layer = jax.checkpoint(layer, prevent_cse=False, policy=_POLICIES[c.remat])
         x_BLD, _ = jax.lax.scan(layer, x_BLD, self.blocks, unroll=_unroll(c))
         return rms_norm(x_BLD, use(self.ln_f, x_BLD.dtype), c.rms_norm_eps).astype(c.dtype)
 
@@ -124,7 +146,7 @@ def _hidden() -> P | None:
 
 def _unroll(c: ModelConfig) -> int:
     """Layers a trip of the scan: XLA's CPU loops copy each layer's weights, so a CPU takes several at once."""
-    return min(c.n_layers, 8) if jax.default_backend() == "cpu" else 1
+    return min(c.n_layers, 8) if platform() == "cpu" else 1
 
 
 def rms_norm(x_BLD: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:

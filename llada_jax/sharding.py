@@ -12,6 +12,7 @@ a mesh (`jax.set_mesh` not called) everything runs on one device and the specs s
 import math
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -26,7 +27,9 @@ HIDDEN = P(BATCH, "context", None)  # [B, L, D]
 def make_mesh(sizes: dict[str, int], devices: list | None = None) -> Mesh:
     """A mesh over all devices (or the given ones). One axis may be -1: it takes the devices that are left.
 
-    Raises InputError when the product of the sizes is not the number of devices.
+    Devices of several TPU slices are told by their `slice_index`: the `data` axis runs across the slices, the others
+    stay inside one. Raises InputError when the product of the sizes is not the number of devices, or when `data` is not
+    a multiple of the number of slices.
     """
     devices = jax.devices() if devices is None else devices
     shape = [sizes[axis] for axis in AXES]
@@ -40,7 +43,16 @@ def make_mesh(sizes: dict[str, int], devices: list | None = None) -> Mesh:
             f"config.mesh {_show(shape)} does not fit {len(devices)} devices: the product must be {len(devices)}, "
             "or set one axis to -1"
         )
-    return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Explicit,) * 4, devices=devices)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})  # lone slices may lack the attribute
+    if shape[0] % slices:
+        raise InputError(f"config.mesh.data is {shape[0]}; over {slices} slices it must be a multiple of {slices}")
+    inside = (shape[0] // slices, *shape[1:])
+    # A logical axis may take part of a physical one, such as fsdp=8 context=2 on a 4x4 slice.
+    if slices > 1:
+        grid = mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1, 1), devices, allow_split_physical_axes=True)
+    else:
+        grid = mesh_utils.create_device_mesh(inside, devices, allow_split_physical_axes=True)
+    return Mesh(grid, AXES, axis_types=(AxisType.Explicit,) * 4)
 
 
 def _show(shape: list[int]) -> str:
@@ -51,6 +63,13 @@ def current_mesh() -> jax.sharding.AbstractMesh | None:
     """The mesh set with `jax.set_mesh`, or None."""
     mesh = jax.sharding.get_abstract_mesh()
     return None if mesh.empty else mesh
+
+
+def platform() -> str:
+    """What is compiled for, "cpu", "gpu" or "tpu": the devices of the mesh, which may be absent ones of a topology."""
+    mesh = current_mesh()
+    device = None if mesh is None else mesh.abstract_device
+    return jax.default_backend() if device is None else device.platform
 
 
 def spec(*axes) -> P | None:

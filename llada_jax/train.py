@@ -16,7 +16,8 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-from llada_jax import checkpoint, cli, losses, optimizer, sharding, train_step
+from llada_jax import checkpoint, cli, compiler_options, losses, optimizer, sharding, train_step
+from llada_jax.attention import kernel_for
 from llada_jax.config import InputError, ModelConfig, RunConfig, model_config
 from llada_jax.data import pipeline, prepare, sources
 from llada_jax.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
@@ -61,10 +62,14 @@ def train(config: RunConfig, workdir: str | Path, *, title: str = "train") -> di
             total_steps=total, first_step=first, log_every=config.train.log_every, title=title,
         )  # fmt: skip
         reporter.say(_opening(model, mesh, workdir, first, total, title))
+        options, refused = compiler_options.of_mesh(mesh)
+        for line in refused:
+            reporter.say(line)
         step_fn = train_step.make_train_step(
-            optax_optimizer, objective, config.objective, microbatches=config.train.microbatches
-        )
-        eval_fn = train_step.make_eval_step(objective, config.objective)
+            optax_optimizer, objective, config.objective, microbatches=config.train.microbatches,
+            compiler_options=options,
+        )  # fmt: skip
+        eval_fn = train_step.make_eval_step(objective, config.objective, compiler_options=options)
         evaluate = lambda model: _evaluate(eval_fn, model, config, validation, tokenizer, mesh)
         batches = _batches(config, rows, tokenizer, first, mesh)
         try:
@@ -130,9 +135,10 @@ def _nothing_left_behind(workdir: Path) -> Iterator[None]:
 def _opening(model: ModelConfig, mesh, workdir: Path, first: int, total: int, title: str) -> str:
     sizes = " ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
     start = f"from step {first}" if first else "from the start"
+    kernel = kernel_for(model.attention_kernel, sharding.platform())
     return (
-        f"{title}: {parameter_count(model):,} parameters, {total} steps {start}, mesh {sizes}, "
-        f"{jax.device_count()} x {jax.devices()[0].device_kind}; workdir {workdir}"
+        f"{title}: {parameter_count(model):,} parameters, {total} steps {start}, mesh {sizes}, {jax.device_count()} x "
+        f"{jax.devices()[0].device_kind}, {kernel} attention; workdir {workdir}"
     )
 
 
@@ -199,7 +205,7 @@ def fit_to_tokenizer(config: RunConfig, tokenizer: Tokenizer) -> ModelConfig:
     m = config.model
     if config.train.init_from:
         theirs = dataclasses.asdict(hf.load_config(config.train.init_from, m.dtype))
-        m.update({name: value for name, value in theirs.items() if name not in ("dtype", "remat")})
+        m.update({name: value for name, value in theirs.items() if name not in ("dtype", "remat", "attention_kernel")})
     m.vocab_size = m.vocab_size or tokenizer.vocab_size
     m.embedding_size = m.embedding_size or -(-m.vocab_size // 64) * 64
     m.mask_token_id, m.bos_token_id, m.eos_token_id = tokenizer.mask_id, tokenizer.bos_id, tokenizer.eos_id

@@ -34,10 +34,14 @@ def init_state(config: ModelConfig, optimizer: optax.GradientTransformation, key
     return TrainState(jnp.zeros((), jnp.int32), model, optimizer.init(model))
 
 
-def make_train_step(optimizer: optax.GradientTransformation, objective, objective_config, *, microbatches: int = 1):
+def make_train_step(
+    optimizer: optax.GradientTransformation, objective, objective_config, *, microbatches: int = 1,
+    compiler_options: dict | None = None,
+):  # fmt: skip
     """(state, batch, key) -> (state, metrics), jitted, the state donated.
 
     `key` is the run's: the step's own is fold_in(key, step). Metrics are sums and scalars; metrics.Reporter reads them.
+    `compiler_options`: those of the chip, see compiler_options.py.
     """
 
     def train_step(state: TrainState, batch: losses.Batch, key: jax.Array):
@@ -62,17 +66,17 @@ def make_train_step(optimizer: optax.GradientTransformation, objective, objectiv
         metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), "tokens": jnp.sum(batch.maskable), **sums}
         return TrainState(state.step + 1, model, opt_state), metrics
 
-    return jax.jit(train_step, donate_argnums=0)
+    return jax.jit(train_step, donate_argnums=0, compiler_options=compiler_options)
 
 
-def make_eval_step(objective, objective_config):
+def make_eval_step(objective, objective_config, *, compiler_options: dict | None = None):
     """(model, batch, key) -> metrics, jitted. The same key gives the same masks: fixed ones for validation."""
 
     def eval_step(model: Transformer, batch: losses.Batch, key: jax.Array):
         loss, sums = losses.noisy_loss(model, objective(batch, key, model.config, objective_config))
         return {"loss": loss, "tokens": jnp.sum(batch.maskable), **sums}
 
-    return jax.jit(eval_step)
+    return jax.jit(eval_step, compiler_options=compiler_options)
 
 
 def _microbatches(x: jax.Array, count: int) -> jax.Array:
