@@ -82,7 +82,7 @@ class Reporter:
 
     def step(self, step: int, metrics: dict, data_seconds: float) -> None:
         """Takes one step's metrics (device arrays of a finished step) and writes at every log_every-th."""
-        m = {name: np.asarray(value, np.float64) for name, value in metrics.items()}
+        m = {name: np.asarray(value, np.float64) for name, value in jax.device_get(metrics).items()}
         self._smooth.add(m["ce_sum"], m["ce_count"])
         self._tokens += float(m["tokens"])
         self._flops += flops_per_step(self._c, self._rows, self._length, float(m["ce_count"].sum()))
