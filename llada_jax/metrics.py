@@ -8,7 +8,6 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from llada_jax.config import ModelConfig
@@ -73,6 +72,10 @@ class Reporter:
         self._writes = jax.process_index() == 0
         self.restart_clock()
         if self._writes:
+            from tensorboardX import (
+                SummaryWriter,  # here, because it imports PyTorch where that is installed: 3 seconds
+            )
+
             self._board = SummaryWriter(str(workdir))
             self._board.add_text("about_the_curves", _ABOUT, first_step)
             self._lines = (Path(workdir) / "metrics.jsonl").open("a")
