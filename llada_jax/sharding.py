@@ -112,4 +112,7 @@ def place_rows(x_host: np.ndarray, mesh: Mesh, batch_size: int | None = None) ->
         return x_host[at : at + stop - start, *index[1:]]
 
     sharding = NamedSharding(mesh, P(*TOKENS[: x_host.ndim]))
-    return jax.make_array_from_callback((size, *x_host.shape[1:]), sharding, part)
+    shape = (size, *x_host.shape[1:])
+    parts = sharding.addressable_devices_indices_map(shape)
+    placed = jax.device_put([part(index) for index in parts.values()], list(parts))  # asked for, says transfer_guard
+    return jax.make_array_from_single_device_arrays(shape, sharding, placed)

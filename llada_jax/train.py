@@ -64,10 +64,12 @@ def train(config: RunConfig, workdir: str | Path, *, title: str = "train") -> di
             optax_optimizer, objective, config.objective, microbatches=config.train.microbatches
         )
         eval_fn = train_step.make_eval_step(objective, config.objective)
+        key = jax.random.fold_in(jax.random.key(config.train.seed), 1)
         evaluate = lambda model: _evaluate(eval_fn, model, config, validation, tokenizer, mesh)
         batches = _batches(config, rows, tokenizer, first, mesh)
         try:
-            return _loop(config, state, step_fn, batches, evaluate if validation else None, tokenizer, saver, reporter)
+            evaluate = evaluate if validation else None
+            return _loop(config, state, step_fn, key, batches, evaluate, tokenizer, saver, reporter, first)
         finally:
             saver.close()
             reporter.close()
@@ -85,14 +87,13 @@ def _start(config: RunConfig, model: ModelConfig, optax_optimizer, saver, mesh) 
     return state
 
 
-def _loop(config, state, step_fn, batches, evaluate, tokenizer, saver, reporter) -> dict[str, float]:
+def _loop(config, state, step_fn, key, batches, evaluate, tokenizer, saver, reporter, first) -> dict[str, float]:
     """Steps until the batches end; returns the scalars of the last validation.
 
     Metrics are fetched one step late, so that the device never waits for the host.
     """
-    key = jax.random.fold_in(jax.random.key(config.train.seed), 1)
     total, last, pending = config.train.steps, {}, None
-    for step, batch, waited in _timed(batches, int(state.step)):
+    for step, batch, waited in _timed(batches, first):
         state, metrics = step_fn(state, batch, key)
         if pending is not None:
             reporter.step(*pending)

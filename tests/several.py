@@ -4,13 +4,16 @@ python tests/several.py --jobs=JOBS.json --out=DIR --coordinator=HOST:PORT --num
 """
 
 import hashlib
+import itertools
 import json
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
@@ -33,6 +36,20 @@ def main(_argv):
                 raise
             results.append({"error": str(error)})
     (out / f"{jax.process_index()}.json").write_text(json.dumps(results))
+
+
+def meet(sizes):
+    """Sums over all axes and groups of axes: Gloo connects them at first use, and gives up after 30 seconds.
+
+    Of programs that take long to compile, the processes of a busy machine reach the first use too far apart.
+    """
+    mesh = sharding.make_mesh(sizes)
+    with jax.set_mesh(mesh):
+        ones = jax.make_array_from_callback(
+            mesh.devices.shape, NamedSharding(mesh, P(*sharding.AXES)), lambda index: np.ones((1,) * 4, np.float32)
+        )
+        groups = [group for count in (1, 2, 3, 4) for group in itertools.combinations(range(4), count)]
+        jax.block_until_ready(jax.jit(lambda x: [jnp.sum(x, group) for group in groups])(ones))
 
 
 def run(config, workdir, differs=False, broken=None):
@@ -127,6 +144,7 @@ def fail(process):
 
 
 JOBS = {
+    "meet": meet,
     "run": run,
     "masks": masks,
     "place": place,

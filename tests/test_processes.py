@@ -124,6 +124,7 @@ def two(root, of, one):
     missing["data"]["files"] = str(root / "nothing/*.txt")
     path = lambda name: str(root / name)
     jobs = {
+        "meet": ["meet", dict(sizes=FSDP)],
         "run": ["run", dict(config=of(2, sample_every=2, sample_prompt="床前明月光，"), workdir=path("many"))],
         "masks": ["masks", dict(config=of(2), workdir=path("many"), steps=[0, 2])],
         "evaluated": ["evaluate", dict(workdir=path("one"), sizes=FSDP, couplets=COUPLETS[:3])],
@@ -145,8 +146,10 @@ def two(root, of, one):
 def four(root, of, two):
     """Four processes continue the run of the two, and start one on a mesh on which two of them hold the same rows."""
     jobs = {
+        "meet": ["meet", dict(sizes=FSDP)],
         "run": ["run", dict(config=of(4), workdir=str(root / "many"))],
         "masks": ["masks", dict(config=of(4), workdir=str(root / "many"), steps=[2, 4])],
+        "meet again": ["meet", dict(sizes=MIXED)],
         "mixed": ["run", dict(config=of(2, MIXED, eval_every=0), workdir=str(root / "mixed"))],
         "rows": ["place", dict(sizes=FSDP, order=[0, 2, 4, 6, 1, 3, 5, 7], batch_size=16)],
         "fails": ["fail", dict(process=2)],
@@ -231,7 +234,7 @@ def test_only_the_first_process_speaks(two, four):
 
 
 def test_a_process_that_fails_in_the_loop_ends_with_its_line_and_the_others_with_it(root, of, one, tmp_path):
-    jobs = [["run", dict(config=of(6), workdir=str(tmp_path / "run"), broken=1)]]
+    jobs = [["meet", dict(sizes=FSDP)], ["run", dict(config=of(6), workdir=str(tmp_path / "run"), broken=1)]]
     (tmp_path / "jobs.json").write_text(json.dumps(jobs))
     flags = [f"--jobs={tmp_path / 'jobs.json'}", f"--out={tmp_path}"]
     (code0, _, error0), (code1, _, error1) = start(tmp_path, ["tests/several.py"], 2, *flags)

@@ -75,7 +75,7 @@ def test_nothing_goes_between_host_and_device_unasked_in_the_loop(run, tmp_path,
             return loop(*arguments)
 
     monkeypatch.setattr(train, "_loop", guarded)
-    run.train.log_every = 1
+    run.train.log_every, run.train.eval_every = 1, 0
     train.train(run, tmp_path / "w")
     assert [line["step"] for line in metrics(tmp_path / "w") if "1_loss/loss" in line] == [1, 2, 3, 4]
 
