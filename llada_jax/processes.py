@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
 import numpy as np
@@ -71,7 +71,7 @@ def join() -> None:
         raise InputError(f"these devices belong to {jax.process_count()} processes; start every one with --distributed")
 
 
-def is_marked(environment) -> bool:
+def is_marked(environment: Mapping[str, str]) -> bool:
     """Whether the environment names several TPU hosts or slices, as GKE's does. Others need --distributed."""
     platforms = environment.get("JAX_PLATFORMS", "")
     hosts = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES") or ""

@@ -31,6 +31,8 @@ def train(config: RunConfig, workdir: str | Path, *, title: str = "train") -> di
 
     Raises InputError for whatever a user can get wrong, before anything is written where that is possible.
     """
+    if "://" in str(workdir):
+        raise InputError(f"--workdir={workdir}: mount the bucket, with gcsfuse say, and give the mounted directory")
     workdir = Path(workdir)
     config = config.copy_and_resolve_references()
     total, rows_per_step = config.train.steps, config.train.batch_size

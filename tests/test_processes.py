@@ -16,7 +16,8 @@ import pytest
 import several
 from ml_collections import ConfigDict
 
-from llada_jax import processes, train
+from llada_jax import processes, sharding, train
+from llada_jax.config import InputError
 from llada_jax.data import sources
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -275,3 +276,21 @@ def test_flags_that_join_nothing_are_named(flags, message):
 )
 def test_several_tpu_hosts_are_seen_in_the_environment(environment, marked):
     assert processes.is_marked(environment) == marked
+
+
+@pytest.mark.parametrize(
+    "shape, slices, across",
+    [
+        ([2, 8, 1, 1], 2, [2, 1, 1, 1]),
+        ([4, 2, 2, 1], 2, [2, 1, 1, 1]),
+        ([2, 4, 1, 1], 4, [2, 2, 1, 1]),
+        ([1, 16, 1, 1], 2, [1, 2, 1, 1]),
+    ],
+)
+def test_data_runs_across_slices_and_fsdp_if_it_must(shape, slices, across):
+    assert sharding._across_slices(shape, slices) == across
+
+
+def test_tensor_and_context_stay_inside_a_slice():
+    with pytest.raises(InputError, match="tensor=16 .* in 2 slices or hosts"):
+        sharding._across_slices([1, 1, 16, 1], 2)

@@ -173,6 +173,7 @@ def test_a_tokenizer_that_does_not_match_the_model_is_refused(run, tmp_path, cou
         (["llada_jax.train", "--config=configs/pretrain_tiny.py", "--config.train.stepz=3", "--workdir=w"], "stepz"),
         (["llada_jax.train", "--config=configs/pretrain_tiny.py", "--config.train.steps=many", "--workdir=w"], "many"),
         (["llada_jax.train", "--config=configs/none.py", "--workdir=w"], "configs/none.py"),
+        (["llada_jax.train", "--config=configs/pretrain_tiny.py", "--workdir=gs://b/w"], "mount the bucket"),
         (["llada_jax.train", "--speed=11"], "Unknown command line flag 'speed'"),
         (["llada_jax.sample", "--prompt=x"], "--checkpoint is needed"),
         (["llada_jax.sample", "--prompt=x", "--checkpoint=nowhere"], "nowhere: no config.json"),
