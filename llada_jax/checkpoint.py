@@ -108,7 +108,10 @@ def load_config(workdir: str | Path) -> dict:
 
 
 def claim_workdir(workdir: str | Path, config: RunConfig) -> None:
-    """Writes config.json into a new workdir; refuses one that holds a run with another model, data or recipe."""
+    """Writes config.json into a new workdir; refuses one that holds a run with another model, data or recipe.
+
+    For one process alone.
+    """
     workdir = Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     if (workdir / "config.json").exists():

@@ -4,6 +4,7 @@ python -m llada_jax.sample --checkpoint=DIR --prompt='床前明月光，' --gen_
 python -m llada_jax.sample --checkpoint=DIR --prompt='[MASK*5]，疑是地上霜。' --trajectory
 """
 
+import contextlib
 import sys
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from llada_jax import checkpoint, cli
+from llada_jax import checkpoint, cli, processes, sharding
 from llada_jax.config import InputError
 from llada_jax.data.tokenizer import Tokenizer, load_tokenizer
 from llada_jax.sampling import chat, reverse
@@ -30,6 +31,27 @@ _TRAJECTORY = flags.DEFINE_bool("trajectory", False, "Show the text after every 
 
 
 def main(_argv: list[str]) -> None:
+    with processes.together():
+        workdir, config, tokenizer = _open()
+    with contextlib.ExitStack() as stack:
+        mesh = None
+        if jax.process_count() > 1:  # the model is split over the devices of all
+            mesh = sharding.make_mesh(dict(data=1, fsdp=-1, tensor=1, context=1))
+            stack.enter_context(jax.set_mesh(mesh))
+        model = checkpoint.load_model(workdir, mesh)
+        is_chat = config["objective"]["name"] == "sft" if _CHAT.value == "auto" else _CHAT.value == "yes"
+        for prompt in _PROMPT.value:
+            ids = (
+                tokenizer.encode_chat([{"role": "user", "content": prompt}])
+                if is_chat
+                else chat.encode_prompt(tokenizer, prompt)
+            )
+            row, trajectory = _sample(model, tokenizer, ids)
+            if processes.is_first():
+                _print(tokenizer, ids, is_chat, row, trajectory)
+
+
+def _open() -> tuple[Path, dict, Tokenizer]:
     if not _CHECKPOINT.value:
         raise InputError("--checkpoint is needed: the --workdir of a training run")
     if not _PROMPT.value or not all(_PROMPT.value):
@@ -38,16 +60,7 @@ def main(_argv: list[str]) -> None:
     config = checkpoint.load_config(workdir)
     if config["objective"]["name"] == "autoregressive":
         raise InputError(f"{workdir}: holds an autoregressive control; the diffusion sampler can't use it")
-    tokenizer = load_tokenizer(workdir / "tokenizer")
-    model = checkpoint.load_model(workdir)
-    is_chat = config["objective"]["name"] == "sft" if _CHAT.value == "auto" else _CHAT.value == "yes"
-    for prompt in _PROMPT.value:
-        ids = (
-            tokenizer.encode_chat([{"role": "user", "content": prompt}])
-            if is_chat
-            else chat.encode_prompt(tokenizer, prompt)
-        )
-        _print(tokenizer, ids, is_chat, *_sample(model, tokenizer, ids))
+    return workdir, config, load_tokenizer(workdir / "tokenizer")
 
 
 def _sample(model, tokenizer: Tokenizer, ids: list[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -81,4 +94,5 @@ def _print(tokenizer: Tokenizer, ids: list[int], is_chat: bool, row: np.ndarray,
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    processes.define_flags()
+    cli.run(processes.joined(main))

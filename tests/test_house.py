@@ -9,6 +9,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "llada_jax"
 FLOORS = [
     {"config"},
+    {"processes"},
     {"sharding", "compiler_options", "cli"},
     {"attention", "diffusion", "optimizer"},
     {"model", "data"},

@@ -68,6 +68,19 @@ def test_continuing_gives_the_same_bits_as_one_run(run, tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
+def test_nothing_goes_between_host_and_device_unasked_in_the_loop(run, tmp_path, monkeypatch):
+    loop = train._loop
+
+    def guarded(*arguments):
+        with jax.transfer_guard("disallow"):
+            return loop(*arguments)
+
+    monkeypatch.setattr(train, "_loop", guarded)
+    run.train.log_every, run.train.eval_every = 1, 0
+    train.train(run, tmp_path / "w")
+    assert [line["step"] for line in metrics(tmp_path / "w") if "1_loss/loss" in line] == [1, 2, 3, 4]
+
+
 @pytest.mark.parametrize(
     "sizes", [dict(data=2, fsdp=2, tensor=2, context=1), dict(data=1, fsdp=1, tensor=1, context=8)]
 )
@@ -194,6 +207,7 @@ def test_a_tokenizer_that_does_not_match_the_model_is_refused(run, tmp_path, cou
         (["llada_jax.train", "--config=configs/pretrain_tiny.py", "--config.train.stepz=3", "--workdir=w"], "stepz"),
         (["llada_jax.train", "--config=configs/pretrain_tiny.py", "--config.train.steps=many", "--workdir=w"], "many"),
         (["llada_jax.train", "--config=configs/none.py", "--workdir=w"], "configs/none.py"),
+        (["llada_jax.train", "--config=configs/pretrain_tiny.py", "--workdir=gs://b/w"], "mount the bucket"),
         (["llada_jax.train", "--speed=11"], "Unknown command line flag 'speed'"),
         (["llada_jax.sample", "--prompt=x"], "--checkpoint is needed"),
         (["llada_jax.sample", "--prompt=x", "--checkpoint=nowhere"], "nowhere: no config.json"),

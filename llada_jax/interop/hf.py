@@ -1,5 +1,6 @@
 """Published checkpoints as models and back, one tensor at a time."""
 
+import collections
 import contextlib
 import dataclasses
 import itertools
@@ -17,7 +18,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from llada_jax import checkpoint
+from llada_jax import checkpoint, processes
 from llada_jax.config import InputError, ModelConfig, model_config
 from llada_jax.data.shards import atomic_directory
 from llada_jax.interop import hf_config, names
@@ -94,26 +95,27 @@ def save_hf(
     layout = [(t.name, file_dtype[leaves[t.parameter].dtype], t.shape) for t in tensors.values()]
     shards = _shards(layout, _size(max_shard_size))
 
-    def contents(shard) -> Iterator[np.ndarray]:
-        for name, _, _ in shard:
+    def contents() -> Iterator[np.ndarray]:
+        for name, _, _ in itertools.chain.from_iterable(shards.values()):
             array = _whole(leaves[tensors[name].parameter], tensors[name].layer)
             yield array
             progress(array.nbytes)
 
-    if jax.process_index() != 0:
-        for _ in itertools.chain.from_iterable(map(contents, shards.values())):
-            pass
-    else:
-        with new_directory(path) as temporary:
-            if source_dir is not None:
-                copy_companions(source_dir, temporary)
-            for file, shard in shards.items():
-                files.write_file(temporary / file, shard, contents(shard))
-            if len(shards) > 1:
-                (temporary / files.INDEX).write_text(_index(shards))
-            (temporary / "config.json").write_bytes(text.encode())
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("save_hf")
+    arrays = contents()
+    with processes.together():
+        try:
+            if processes.is_first():
+                with new_directory(path) as temporary:
+                    if source_dir is not None:
+                        copy_companions(source_dir, temporary)
+                    for file, shard in shards.items():
+                        files.write_file(temporary / file, shard, itertools.islice(arrays, len(shard)))
+                    if len(shards) > 1:
+                        (temporary / files.INDEX).write_text(_index(shards))
+                    (temporary / "config.json").write_bytes(text.encode())
+        finally:
+            if jax.process_count() > 1:
+                collections.deque(arrays, maxlen=0)  # all take part in gathering, also after the first could not write
 
 
 def save_workdir(model: Transformer, path: str | Path, *, source_dir: str | Path | None = None) -> None:
@@ -121,6 +123,8 @@ def save_workdir(model: Transformer, path: str | Path, *, source_dir: str | Path
 
     A run starts from it with config.train.init_from. source_dir, and what is raised, as for `save_hf`.
     """
+    if jax.process_count() > 1:
+        raise InputError("a workdir is written by one process; convert the checkpoint on one host")
     with new_directory(Path(path)) as temporary:
         if source_dir is not None:
             copy_companions(source_dir, temporary / "tokenizer")

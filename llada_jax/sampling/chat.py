@@ -7,6 +7,7 @@ import numpy as np
 
 from llada_jax.config import InputError
 from llada_jax.sampling import reverse
+from llada_jax.sharding import current_mesh
 
 _MASK = re.compile(r"\[MASK(?:\*(\d+))?\]")
 
@@ -43,6 +44,8 @@ def complete(model, tokenizer, prompt: str, *, gen_length: int = 32, key: jax.Ar
     """A short greedy completion, for the logs of a run."""
     ids = encode_prompt(tokenizer, prompt)
     gen_length = min(gen_length, model.config.max_sequence_length - len(ids))
+    mesh = current_mesh()
+    gen_length -= (len(ids) + gen_length) % (1 if mesh is None else mesh.shape["context"])  # it splits the columns
     if gen_length < 1:
         raise InputError(f"config.train.sample_prompt: its {len(ids)} tokens leave no room in the model's context")
     out = reverse.generate(
