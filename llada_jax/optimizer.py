@@ -85,8 +85,19 @@ def make_optimizer(config, *, total_steps: int, tokens_per_step: int) -> optax.G
         mask=is_matrix if config.decay == "matrices" else None,
         mu_dtype=config.mu_dtype,
     )
-    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
-    return optax.chain(clip, adamw)
+    return optax.chain(_clip(config.clip_norm) if config.clip_norm else optax.identity(), adamw)
+
+
+def _clip(limit: float) -> optax.GradientTransformation:
+    """optax.clip_by_global_norm, but one factor for all: its division of every gradient is what XLA will not repeat in
+    each of Adam's moments, so that it would keep a second copy of all gradients."""
+
+    def update(grads, state, params=None):
+        del params
+        factor = jnp.minimum(1.0, limit / jnp.maximum(optax.tree.norm(grads), 1e-30))
+        return jax.tree.map(lambda g: g * factor.astype(g.dtype), grads), state
+
+    return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
 
 
 def is_matrix(params):
