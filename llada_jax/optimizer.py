@@ -92,12 +92,12 @@ def _clip(limit: float) -> optax.GradientTransformation:
     """optax.clip_by_global_norm, but one factor for all: its division of every gradient is what XLA will not repeat in
     each of Adam's moments, so that it would keep a second copy of all gradients."""
 
-    def update(grads, state, params=None):
+    def clip(updates, params=None):
         del params
-        factor = jnp.minimum(1.0, limit / jnp.maximum(optax.tree.norm(grads), 1e-30))
-        return jax.tree.map(lambda g: g * factor.astype(g.dtype), grads), state
+        factor = jnp.minimum(1.0, limit / jnp.maximum(optax.tree.norm(updates), 1e-30))
+        return jax.tree.map(lambda g: g * factor.astype(g.dtype), updates)
 
-    return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
+    return optax.stateless(clip)
 
 
 def is_matrix(params):

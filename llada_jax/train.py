@@ -55,7 +55,8 @@ def train(config: RunConfig, workdir: str | Path, *, title: str = "train") -> di
 
     with jax.set_mesh(mesh):
         saver = checkpoint.Checkpointer(workdir, config)
-        state = _start(config, model, optax_optimizer, saver, mesh)
+        options, refused = compiler_options.of_mesh(mesh)
+        state = _start(config, model, optax_optimizer, saver, mesh, options)
         first = int(state.step)
         schedule = optimizer.make_schedule(config.optimizer.schedule, **phases)
         with processes.together():
@@ -65,7 +66,6 @@ def train(config: RunConfig, workdir: str | Path, *, title: str = "train") -> di
                 total_steps=total, first_step=first, log_every=config.train.log_every, title=title,
             )  # fmt: skip
         reporter.say(_opening(model, mesh, workdir, first, total, title))
-        options, refused = compiler_options.of_mesh(mesh)
         for line in refused:
             reporter.say(line)
         step_fn = train_step.make_train_step(
@@ -84,9 +84,9 @@ def train(config: RunConfig, workdir: str | Path, *, title: str = "train") -> di
             reporter.close()
 
 
-def _start(config: RunConfig, model: ModelConfig, optax_optimizer, saver, mesh) -> train_step.TrainState:
+def _start(config: RunConfig, model: ModelConfig, optax_optimizer, saver, mesh, options) -> train_step.TrainState:
     """The state of the newest checkpoint; else a fresh one, with the weights of `init_from` if that is set."""
-    init = jax.jit(train_step.init_state, static_argnums=(0, 1))
+    init = jax.jit(train_step.init_state, static_argnums=(0, 1), compiler_options=options)
     state = init(model, optax_optimizer, jax.random.key(config.train.seed))
     if saver.latest is not None:
         return saver.restore(state)

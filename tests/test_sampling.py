@@ -1,5 +1,7 @@
 """The reverse process against a plain Python loop, and the laws of its parts."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -164,7 +166,7 @@ def test_windows_before_the_block_see_what_one_wide_window_sees(model, rng):
     for options in (dict(temperature=0.7), dict(remasking="random")):
         narrow = reverse.sample(model, prompt, gen_length=4, steps=3, block_length=4, **options)
         canvas = jnp.asarray(np.concatenate([prompt, np.full((2, 4), MASK)], 1), jnp.int32)
-        whole = dict(temperature=0.0, remasking="low_confidence") | options
+        whole: Any = dict(temperature=0.0, remasking="low_confidence") | options
         ids = model.config.eos_token_id, model.config.eot_token_id
         wide = reverse.Options(0, 34, 3, whole["temperature"], 0.0, whole["remasking"], False, False, MASK, *ids)
         wide = reverse.reverse(model, canvas, None, jax.random.key(0), wide)
