@@ -57,7 +57,8 @@ def _across_slices(shape: list[int], slices: int) -> list[int]:
     data = math.gcd(shape[0], slices)
     if shape[1] % (slices // data):
         raise InputError(
-            f"config.mesh {_show(shape)}: the devices are in {slices} slices or hosts; data x fsdp must be a multiple of that"
+            f"config.mesh {_show(shape)}: the devices are in {slices} slices or hosts; data x fsdp must be a multiple "
+            "of that"
         )
     return [data, slices // data, 1, 1]
 
