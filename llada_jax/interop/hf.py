@@ -95,13 +95,13 @@ def save_hf(
     layout = [(t.name, file_dtype[leaves[t.parameter].dtype], t.shape) for t in tensors.values()]
     shards = _shards(layout, _size(max_shard_size))
 
-    def contents() -> Iterator[np.ndarray]:
-        for name, _, _ in itertools.chain.from_iterable(shards.values()):
-            array = _whole(leaves[tensors[name].parameter], tensors[name].layer)
+    def reported(arrays: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+        for array in arrays:
             yield array
             progress(array.nbytes)
 
-    arrays = contents()
+    order = [tensors[name] for shard in shards.values() for name, _, _ in shard]
+    arrays = (_whole(leaves[tensor.parameter], tensor.layer) for tensor in order)
     with processes.together():
         try:
             if processes.is_first():
@@ -109,7 +109,7 @@ def save_hf(
                     if source_dir is not None:
                         copy_companions(source_dir, temporary)
                     for file, shard in shards.items():
-                        files.write_file(temporary / file, shard, itertools.islice(arrays, len(shard)))
+                        files.write_file(temporary / file, shard, reported(itertools.islice(arrays, len(shard))))
                     if len(shards) > 1:
                         (temporary / files.INDEX).write_text(_index(shards))
                     (temporary / "config.json").write_bytes(text.encode())
