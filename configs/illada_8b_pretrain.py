@@ -1,13 +1,15 @@
 """iLLaDA-8B from scratch: rows of 8192, documents apart, 30% of the rows cut in two (arXiv 2606.25331).
 
-python -m llada_jax.train --config=configs/illada_8b_pretrain.py --workdir=DIR --config.data.path=DATA
+python -m llada_jax.train --config=configs/illada_8b_pretrain.py:v5p-128 --workdir=DIR --config.data.path=DATA
 """
 
-from llada_jax.config import run_config
+from llada_jax.config import run_config, set_slice
 from llada_jax.optimizer import ILLADA_PRETRAIN
 
+SLICES = {"v5p-128": dict(microbatches=10, remat="matmuls")}
 
-def get_config():
+
+def get_config(name: str = ""):
     config = run_config("illada_8b")
     config.data.files = ""
     config.data.row_length = 8192
@@ -17,4 +19,5 @@ def get_config():
     config.optimizer.schedule = ILLADA_PRETRAIN
     config.train.steps = 12_000_000_000_000 // (1280 * 8192)
     config.train.batch_size = 1280
+    set_slice(config, SLICES, name)
     return config.lock()

@@ -2,15 +2,17 @@
 
 python tools/prepare_data.py --kind=chat --files='dialogues/*.jsonl' --tokenizer=LLADA_DIR \
     --row_length=4096 --output=DATA
-python -m llada_jax.train --config=configs/llada_8b_sft.py --workdir=DIR \
+python -m llada_jax.train --config=configs/llada_8b_sft.py:v5e-64 --workdir=DIR \
     --config.train.init_from=PRETRAINED --config.data.path=DATA
 """
 
-from llada_jax.config import run_config
+from llada_jax.config import run_config, set_slice
 from llada_jax.optimizer import LLADA_SFT
 
+SLICES = {"v5e-64": dict(microbatches=4, remat="full")}
 
-def get_config():
+
+def get_config(name: str = ""):
     config = run_config("llada_8b")
     config.data.files = ""
     config.data.kind = "chat"
@@ -21,4 +23,5 @@ def get_config():
     config.train.steps = 3 * 4_500_000 // 256
     config.train.batch_size = 256
     config.train.eval_every = 500
+    set_slice(config, SLICES, name)
     return config.lock()

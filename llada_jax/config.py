@@ -177,6 +177,15 @@ def run_config(preset: str = "llada_8b") -> RunConfig:
     return config
 
 
+def set_slice(config: RunConfig, slices: dict[str, dict[str, Any]], name: str) -> None:
+    """Sets mesh axes, `microbatches` and `remat` to what a config file says for a TPU slice; "" leaves them."""
+    if name and name not in slices:
+        raise InputError(f"no settings for the slice {name!r}; there are some for {', '.join(slices)}")
+    for field, value in slices.get(name, {}).items():
+        group = {"microbatches": config.train, "remat": config.model}.get(field, config.mesh)
+        group[field] = value
+
+
 def model_config(group: ConfigDict | dict) -> ModelConfig:
     """The `model` group of a run config as a `ModelConfig`. Raises InputError on an impossible shape."""
     names = {field.name for field in dataclasses.fields(ModelConfig)}

@@ -123,8 +123,13 @@ def place_rows(x_host: np.ndarray, mesh: Mesh, batch_size: int | None = None) ->
         at = np.searchsorted(rows, start)
         return x_host[at : at + stop - start, *index[1:]]
 
-    sharding = NamedSharding(mesh, P(*TOKENS[: x_host.ndim]))
+    sharding = rows_sharding(mesh, x_host.ndim)
     shape = (size, *x_host.shape[1:])
     parts = sharding.addressable_devices_indices_map(shape)
     placed = jax.device_put([part(index) for index in parts.values()], list(parts))  # asked for, says transfer_guard
     return jax.make_array_from_single_device_arrays(shape, sharding, placed)
+
+
+def rows_sharding(mesh: Mesh, ndim: int) -> NamedSharding:
+    """How an array [B, ...] of a batch lies on the mesh."""
+    return NamedSharding(mesh, P(*TOKENS[:ndim]))

@@ -39,15 +39,13 @@ def train(config: RunConfig, workdir: str | Path, *, title: str = "train") -> di
     workdir = Path(workdir)
     config = config.copy_and_resolve_references()
     total, rows_per_step = config.train.steps, config.train.batch_size
-    phases = dict(total_steps=total, tokens_per_step=rows_per_step * config.data.row_length)
     with _nothing_left_behind(workdir), processes.together():
         processes.agree("config or --workdir", [config.to_dict(), str(workdir)])
-        _check(config)
-        objective = losses.objective_named(config.objective.name)
+        check(config, jax.device_count())
         mesh = sharding.make_mesh(dict(config.mesh))
+        optax_optimizer, step_fn, options, refused = training_step(config, mesh)
         if workdir.exists() and not workdir.is_dir():
             raise InputError(f"{workdir}: is a file; --workdir names a directory")
-        optax_optimizer = optimizer.make_optimizer(config.optimizer, **phases)
         tokenizer, rows, validation = open_data(config, workdir)
         model = fit_to_tokenizer(config, tokenizer)
         processes.once(lambda: _claim(workdir, config, tokenizer))
@@ -55,10 +53,9 @@ def train(config: RunConfig, workdir: str | Path, *, title: str = "train") -> di
 
     with jax.set_mesh(mesh):
         saver = checkpoint.Checkpointer(workdir, config)
-        options, refused = compiler_options.of_mesh(mesh)
         state = _start(config, model, optax_optimizer, saver, mesh, options)
         first = int(state.step)
-        schedule = optimizer.make_schedule(config.optimizer.schedule, **phases)
+        schedule = optimizer.make_schedule(config.optimizer.schedule, **_phases(config))
         with processes.together():
             reporter = Reporter(
                 workdir, model, rows=rows_per_step, length=config.data.row_length,
@@ -68,10 +65,7 @@ def train(config: RunConfig, workdir: str | Path, *, title: str = "train") -> di
         reporter.say(_opening(model, mesh, workdir, first, total, title))
         for line in refused:
             reporter.say(line)
-        step_fn = train_step.make_train_step(
-            optax_optimizer, objective, config.objective, microbatches=config.train.microbatches,
-            compiler_options=options,
-        )  # fmt: skip
+        objective = losses.objective_named(config.objective.name)
         eval_fn = train_step.make_eval_step(objective, config.objective, compiler_options=options)
         key = jax.random.fold_in(jax.random.key(config.train.seed), 1)
         evaluate = lambda model: _evaluate(eval_fn, model, config, validation, tokenizer, mesh)
@@ -82,6 +76,24 @@ def train(config: RunConfig, workdir: str | Path, *, title: str = "train") -> di
         finally:
             saver.close()
             reporter.close()
+
+
+def training_step(config: RunConfig, mesh):
+    """(optimizer, jitted step, its compiler options, lines on options left out): what a config means on a mesh.
+
+    ahead/ compiles the same for devices that are not there.
+    """
+    objective = losses.objective_named(config.objective.name)
+    optax_optimizer = optimizer.make_optimizer(config.optimizer, **_phases(config))
+    options, refused = compiler_options.of_mesh(mesh)
+    step_fn = train_step.make_train_step(
+        optax_optimizer, objective, config.objective, microbatches=config.train.microbatches, compiler_options=options
+    )
+    return optax_optimizer, step_fn, options, refused
+
+
+def _phases(config: RunConfig) -> dict[str, int]:
+    return dict(total_steps=config.train.steps, tokens_per_step=config.train.batch_size * config.data.row_length)
 
 
 def _start(config: RunConfig, model: ModelConfig, optax_optimizer, saver, mesh, options) -> train_step.TrainState:
@@ -249,7 +261,8 @@ def fit_to_tokenizer(config: RunConfig, tokenizer: Tokenizer) -> ModelConfig:
     return model_config(m)
 
 
-def _check(config: RunConfig) -> None:
+def check(config: RunConfig, devices: int) -> None:
+    """Raises InputError for fields that contradict each other, or that don't divide over so many devices."""
     t, d, o = config.train, config.data, config.objective
     context = config.model.max_sequence_length
     if t.init_from:
@@ -264,7 +277,7 @@ def _check(config: RunConfig) -> None:
     for name in ("steps", "batch_size", "microbatches", "log_every"):
         if t[name] < 1:
             raise InputError(f"config.train.{name} is {t[name]}, must be at least 1")
-    shards = jax.device_count() if -1 in dict(config.mesh).values() else config.mesh.data * config.mesh.fsdp
+    shards = devices if -1 in dict(config.mesh).values() else config.mesh.data * config.mesh.fsdp
     if -1 in dict(config.mesh).values():
         shards //= max(config.mesh.tensor, 1) * max(config.mesh.context, 1)
     if t.batch_size % max(t.microbatches * shards, 1):

@@ -1,21 +1,27 @@
 """Every file of configs/ loads, is locked, and describes a model and a schedule that exist."""
 
 import importlib.util
+import math
 from pathlib import Path
 
 import pytest
 
-from llada_jax import losses, optimizer
-from llada_jax.config import differences, model_config, run_config
+from llada_jax import losses, optimizer, train
+from llada_jax.ahead.chips import parse_topology
+from llada_jax.config import InputError, differences, model_config, run_config
 
 CONFIGS = sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.py"))
 
 
-def load(path, *args):
+def module(path):
     spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config(*args)
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+def load(path, *args):
+    return module(path).get_config(*args)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -45,3 +51,19 @@ def test_defaults_are_the_published_recipe():
 def test_differences_name_the_fields():
     old, new = {"a": {"b": 1, "c": (1, 2)}}, {"a": {"b": 2, "c": [1, 2]}, "d": 3}
     assert differences(old, new) == ["config.a.b: 1 -> 2", "config.d: None -> 3"]
+
+
+SLICED = [(path, name) for path in CONFIGS for name in getattr(module(path), "SLICES", {})]
+
+
+@pytest.mark.parametrize("path, name", SLICED, ids=lambda x: getattr(x, "stem", x))
+def test_settings_of_a_slice_divide_over_it(path, name):
+    config = load(path, name)
+    count, _, one = name.rpartition("x") if name[0].isdigit() else ("1", "", name)
+    topology = parse_topology(one, int(count))
+    train.check(config, topology.chips * topology.chip.devices)
+    sizes = [size for size in config.mesh.values() if size != -1]
+    assert topology.chips * topology.chip.devices % math.prod(sizes) == 0
+    assert config.mesh.data % topology.count == 0
+    with pytest.raises(InputError, match="no settings for the slice 'v9-7'; there are some for"):
+        load(path, "v9-7")

@@ -19,6 +19,7 @@ FLOORS = [
     {"checkpoint", "metrics"},
     {"interop"},
     {"train", "evaluation", "sample"},
+    {"ahead"},
 ]
 FLOOR = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
 

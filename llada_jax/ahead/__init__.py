@@ -1,0 +1,1 @@
+"""What a training step needs and costs on a slice that is not there, as the compiler sees it."""

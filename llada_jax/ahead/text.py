@@ -1,0 +1,88 @@
+"""The figures of a step as text."""
+
+from typing import Any
+
+_UNITS = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+
+
+def describe(found: dict[str, Any]) -> str:
+    """What tools/compile_ahead.py prints."""
+    mesh = " ".join(f"{axis}={size}" for axis, size in found["mesh"].items() if size > 1) or "one device"
+    lines = [
+        f"{found['topology']}: {found['chips']} chip{'s' * (found['chips'] > 1)}, {mesh}; "
+        f"batch {found['batch_size']} x {found['row_length']} in {found['microbatches']} part{'s' * (found['microbatches'] > 1)}, remat {found['remat']}, "
+        f"{found['parameters']:,} parameters",
+        _memory(found),
+    ]
+    if not found["fits"]:
+        lines += ["largest buffers (arrays that share one are in it one after another):"]
+        lines += [f"  {_bytes(size):>10}  {shapes}" for size, shapes in found["largest_buffers"]]
+    if "estimated_step_seconds" in found:
+        lines += _speed(found)
+    return "\n".join(lines + [f"note: {note}" for note in dict.fromkeys(found["notes"])])
+
+
+def ranking(ranked: list[dict[str, Any]]) -> str:
+    """What --search prints: a line for each setting that fits, fastest first."""
+    return "\n".join(
+        f"{found['estimated_mfu']:6.1%} {_seconds(found['estimated_step_seconds']):>10} "
+        f"{_bytes(found['bytes_per_chip']):>10}  {found['flags']}"
+        for found in ranked
+    )
+
+
+def _memory(found: dict[str, Any]) -> str:
+    classes = ", ".join(
+        f"{name.replace('_', ' ')} {_bytes(size)}" for name, size in found["bytes_per_chip_by_class"].items() if size
+    )
+    verdict = "fits" if found["fits"] else "DOES NOT FIT"
+    return (
+        f"{verdict}: {_bytes(found['bytes_per_chip'])} of {_bytes(found['capacity_bytes_per_chip'])} a chip ({classes})"
+    )
+
+
+def _speed(found: dict[str, Any]) -> list[str]:
+    parts, assumed = found["parts"], found["assumed"]
+    work = ", ".join(f"{kind} {_seconds(parts[f'{kind}_seconds'])}" for kind in ("matmul", "vector", "attention"))
+    dcn = f" and {_seconds(parts['dcn_seconds'])} DCN" if parts["dcn_seconds"] else ""
+    lines = [
+        f"step {_seconds(found['estimated_step_seconds'])}: {work}, waiting for collectives "
+        f"{_seconds(parts['exposed_seconds'])} (of {_seconds(parts['ici_seconds'])} ICI{dcn})",
+        f"     between {_seconds(found['all_collectives_hidden_seconds'])} (all collectives hidden) and "
+        f"{_seconds(found['all_collectives_exposed_seconds'])} (none)",
+        f"MFU {found['estimated_mfu']:.1%}, {found['tokens_per_second_per_chip']:,.0f} tokens/s/chip, "
+        f"{_si(found['flops_per_step'])}FLOP a step",
+        f"{found['steps']:,} steps, {_si(found['tokens'])}tokens: {found['days']:,.1f} days, "
+        f"{found['chip_hours']:,.0f} chip-hours",
+        "collectives, a chip and step:",
+    ]
+    for c in found["collectives"]:
+        each = _bytes(c["bytes"] / max(c["count"], 1))
+        lines.append(
+            f"  {c['kind']:<18} {c['axes']:<12} {c['network']} {c['count']:7,.0f} x {each:>10} = "
+            f"{_bytes(c['bytes']):>10}, {_seconds(c['seconds'])}"
+        )
+    slowest, mean = assumed["chunks_of_slowest_device"], assumed["chunks_of_mean_device"]
+    lines.append(
+        f"assumed: {assumed['scored_share']:.0%} of positions scored; in each part the devices wait for the one with "
+        f"most of them, {slowest:.1f} chunks (mean {mean:.1f}); attention at "
+        f"{assumed['attention_share_of_peak']:.0%} of peak"
+    )
+    if found["unpriced"]:
+        lines.append("not priced: " + ", ".join(f"{n:,.0f} x {name}" for name, n in found["unpriced"].items()))
+    return lines
+
+
+def _bytes(size: float) -> str:
+    for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if size >= unit:
+            return f"{size / unit:.2f} {name}"
+    return f"{size:.0f} B"
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 10 else f"{seconds * 1e3:,.1f} ms"
+
+
+def _si(value: float) -> str:
+    return next((f"{value / unit:.3g} {name}" for unit, name in _UNITS if value >= unit), f"{value:.3g} ")
