@@ -15,6 +15,7 @@ def run(main: Callable[[list[str]], None]) -> None:
 
     def guarded(argv: list[str]) -> None:
         logging.set_verbosity(logging.FATAL)  # Orbax logs at length, and raises what matters
+        sys.unraisablehook = _unraisable
         if len(argv) > 1:
             fail(f"unexpected argument {argv[1]!r}; flags are written --name=value")
         try:
@@ -38,6 +39,12 @@ def run(main: Callable[[list[str]], None]) -> None:
 def fail(message: str) -> None:
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)
+
+
+def _unraisable(problem) -> None:
+    """Silent about what TensorStore's threads report when a write has failed and Orbax's event loop is gone."""
+    if str(problem.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(problem)
 
 
 def _parse(argv: list[str]) -> list[str]:

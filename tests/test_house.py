@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "llada_jax"
 FLOORS = [
     {"config"},
-    {"sharding", "cli"},
+    {"sharding", "cli", "checks"},
     {"attention", "diffusion", "optimizer"},
     {"model", "data"},
     {"cross_entropy"},

@@ -23,7 +23,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__)))) 
 
 from llada_jax import cli
 from llada_jax.config import InputError
-from llada_jax.interop import hf
+from llada_jax.interop import hf, hf_config
 from llada_jax.model import Transformer
 
 SOURCE = flags.DEFINE_string("source", None, "Directory of a published checkpoint or of a run.", required=True)
@@ -39,17 +39,17 @@ VERIFY = flags.DEFINE_bool("verify", False, "Compare the logits of both sides on
 
 def main(_argv: list[str]) -> None:
     source, target = Path(SOURCE.value), Path(TARGET.value)
+    jax.config.update("jax_platforms", "cpu")  # the host's memory is the larger one, and nothing is computed
     with hf.new_directory(target) as made:
+        before = probe(hf.load(source)) if VERIFY.value else None
+        dtype = DTYPE.value or (_published_dtype(source) if TO.value == "hf" else None)
         with _bar("read", sum(file.stat().st_size for file in source.glob("*.safetensors"))) as bar:
-            model = hf.load(source, progress=bar.update)
-        before = probe(model) if VERIFY.value else None
-        dtype = DTYPE.value or (_published_dtype(model) if TO.value == "hf" else None)
-        model = model if dtype is None else jax.tree.map(lambda x: x.astype(dtype), model)
+            model = hf.load(source, dtype, progress=bar.update)
         if TO.value == "hf":
             with _bar("write", sum(x.nbytes for x in jax.tree.leaves(model))) as bar:
-                hf.save_hf(model, made, MAX_SHARD_SIZE.value, source_dir=source, progress=bar.update)
+                hf.write_hf(model, made, MAX_SHARD_SIZE.value, source, bar.update)
         else:
-            hf.save_workdir(model, made, source_dir=source)
+            hf.write_workdir(model, made, source)
         report = f"{target}: {' and '.join(sorted({x.dtype.name for x in jax.tree.leaves(model)}))} parameters"
         if before is not None:
             wanted = probe(model)
@@ -86,8 +86,10 @@ def _in_float32(model: Transformer) -> Transformer:
     return jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(model))
 
 
-def _published_dtype(model: Transformer) -> str | None:
-    told = json.loads(model.config.published or "{}")
+def _published_dtype(source: Path) -> str | None:
+    """The dtype of the published model that a run began with, as its config.json tells; None where there is none."""
+    model = hf_config.parse(hf_config.read_text(source), str(source / "config.json")).get("model") or {}
+    told = json.loads(model.get("published") or "{}")
     dtype = told.get("torch_dtype", told.get("dtype"))
     return dtype if dtype in ("float32", "bfloat16") else None
 
