@@ -19,6 +19,7 @@ def run(main: Callable[[list[str]], None], *, commands: Sequence[str] = ()) -> N
 
     def guarded(argv: list[str]) -> None:
         logging.set_verbosity(logging.FATAL)  # Orbax logs at length, and raises what matters
+        sys.unraisablehook = _unraisable
         if commands and (len(argv) < 2 or argv[1] not in commands):
             fail(f"say what to do: {os.path.basename(argv[0])} {'|'.join(commands)} [--flags]")
         if unexpected := argv[1 + bool(commands) :]:
@@ -44,6 +45,12 @@ def run(main: Callable[[list[str]], None], *, commands: Sequence[str] = ()) -> N
 def fail(message: str) -> None:
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)
+
+
+def _unraisable(problem) -> None:
+    """Silent about what TensorStore's threads report when a write has failed and Orbax's event loop is gone."""
+    if str(problem.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(problem)
 
 
 def _parse(argv: list[str]) -> list[str]:

@@ -67,6 +67,12 @@ def _across_slices(shape: list[int], slices: int) -> list[int]:
     return [data, slices // data, 1, 1]
 
 
+def require_mesh(mesh) -> None:
+    """Raises InputError for a mesh that `make_mesh` would not make."""
+    if not isinstance(mesh, Mesh) or mesh.axis_names != AXES or set(mesh.axis_types) != {AxisType.Explicit}:
+        raise InputError(f"mesh must have the explicit axes {', '.join(AXES)}; make it with sharding.make_mesh")
+
+
 def _show(shape: list[int]) -> str:
     return " ".join(f"{axis}={size}" for axis, size in zip(AXES, shape, strict=True))
 

@@ -10,7 +10,7 @@ PACKAGE = ROOT / "llada_jax"
 FLOORS = [
     {"config"},
     {"processes"},
-    {"sharding", "compiler_options", "cli"},
+    {"sharding", "compiler_options", "cli", "checks"},
     {"attention", "diffusion", "optimizer"},
     {"model", "data"},
     {"cross_entropy"},

@@ -16,7 +16,10 @@ def encode_prompt(tokenizer, prompt: str) -> list[int]:
     """BOS and the ids of a plain prompt; `[MASK]` stands for one masked token, `[MASK*5]` for five."""
     ids, last = [tokenizer.bos_id], 0
     for match in _MASK.finditer(prompt):
-        ids += tokenizer.encode(prompt[last : match.start()]) + [tokenizer.mask_id] * int(match.group(1) or 1)
+        count = match.group(1) or "1"
+        if len(count) > 6:
+            raise InputError(f"{match.group()}: more masks than any model's context; write a smaller number")
+        ids += tokenizer.encode(prompt[last : match.start()]) + [tokenizer.mask_id] * int(count)
         last = match.end()
     return ids + tokenizer.encode(prompt[last:])
 
