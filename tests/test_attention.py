@@ -1,6 +1,7 @@
 """The TPU's and the GPU's attention, run on a CPU, against the plain one: every mask kind, values and gradients."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -80,17 +81,25 @@ def test_what_is_built_around_cudnn_is_the_plain_attention(rng, kind, causal):
     assert_close(values_and_gradients(call, *args), values_and_gradients(with_kernel("xla"), *args), 1e-5)
 
 
-MESHES = [
-    dict(data=1, fsdp=1, tensor=1, context=8),
-    dict(data=1, fsdp=2, tensor=2, context=2),
-    dict(data=2, fsdp=1, tensor=1, context=4),
-]
+CONTEXT_8 = dict(data=1, fsdp=1, tensor=1, context=8)
+ALL_AXES = dict(data=1, fsdp=2, tensor=2, context=2)
 
 
-@pytest.mark.parametrize("sizes", MESHES, ids=lambda s: " ".join(f"{a}={n}" for a, n in s.items() if n > 1))
-@pytest.mark.parametrize("causal", [False, True])
-def test_context_parallelism_changes_nothing(rng, sizes, causal):
-    q, k, v, ids, counts = problem(rng, L=512, kind="segments")
+def cudnn_as_xla(*args):
+    return _per_device(functools.partial(_cudnn, implementation="xla"), *args)
+
+
+@pytest.mark.parametrize(
+    "function, sizes, causal",
+    [
+        (with_kernel("splash_interpret"), CONTEXT_8, False),
+        (with_kernel("splash_interpret"), ALL_AXES, True),
+        (cudnn_as_xla, CONTEXT_8, True),
+        (cudnn_as_xla, ALL_AXES, False),
+    ],
+)
+def test_context_parallelism_changes_nothing(rng, function, sizes, causal):
+    q, k, v, ids, counts = problem(rng, L=256, kind="segments")
     alone = values_and_gradients(with_kernel("xla"), q, k, v, ids, counts, causal)
     mesh = sharding.make_mesh(sizes)
     heads, tokens = P(sharding.BATCH, "tensor", "context", None), sharding.TOKENS
@@ -99,34 +108,26 @@ def test_context_parallelism_changes_nothing(rng, sizes, causal):
             jax.device_put(x, NamedSharding(mesh, s))
             for x, s in zip((q, k, v, ids, counts), (heads, heads, heads, tokens, tokens), strict=True)
         ]
-        cudnn = lambda *a: _per_device(
-            lambda *b: _cudnn(*b, implementation="xla"),
-            *a,
-        )
-        for function in (with_kernel("xla"), with_kernel("splash_interpret"), cudnn):
-            over = jax.jit(lambda *a, f=function: values_and_gradients(f, *a, causal))(*args)
-            assert over[1].sharding.spec == heads
-            assert_close(over, alone, 1e-5)
+        over_mesh = jax.jit(lambda *a: values_and_gradients(function, *a, causal))(*args)
+        assert over_mesh[1].sharding.spec == heads
+        assert_close(over_mesh, alone, 1e-5)
 
 
 def test_a_model_trains_through_splash_over_context(tiny):
-    """Hidden states and gradients of the whole model, remat and scan included."""
-    c = dataclasses.replace(tiny, remat="full", dtype="float32")
+    """The whole model, scan and saved attention included: hidden states and gradients are those of the plain kernel."""
     tokens = jnp.arange(256).reshape(2, 128) % 60
     segments = jnp.where(jnp.arange(128) < 100, 1, 0) * jnp.ones((2, 1), jnp.int32)
 
-    def gradients(kernel, mesh_sizes):
-        config = dataclasses.replace(c, attention_kernel=kernel)
-        mesh = sharding.make_mesh(mesh_sizes)
+    def gradients(kernel):
+        config = dataclasses.replace(tiny, n_layers=1, remat="attention", attention_kernel=kernel)
+        mesh = sharding.make_mesh(ALL_AXES)
         with jax.set_mesh(mesh):
             model = jax.jit(lambda key: Transformer(config, key))(jax.random.key(0))
             place = lambda x: jax.device_put(x, NamedSharding(mesh, sharding.TOKENS))
             loss = lambda m, t, s: jnp.sum(jnp.where(s[..., None] > 0, m.hidden(t, s), 0.0) ** 3)
             return jax.tree.leaves(jax.jit(jax.grad(loss))(model, place(tokens), place(segments)))
 
-    plain = gradients("xla", dict(data=1, fsdp=1, tensor=1, context=8))
-    over_context = gradients("splash_interpret", dict(data=1, fsdp=2, tensor=2, context=2))
-    assert_close(over_context, plain, 2e-4)
+    assert_close(gradients("splash_interpret"), gradients("xla"), 2e-4)
 
 
 @pytest.mark.parametrize(
