@@ -60,8 +60,8 @@ def compile_step(
                          "--config.model.vocab_size=8192")  # fmt: skip
     config.model.embedding_size = config.model.embedding_size or -(-config.model.vocab_size // 64) * 64
     model = model_config(config.model)
-    train.check(config, topology.chips * topology.chip.devices)
     mesh = sharding.make_mesh(dict(config.mesh), absent_devices(topology))
+    train.check(config, mesh.size)
     optax_optimizer, step_fn, _, notes = train.training_step(config, mesh)
     start = time.perf_counter()
     with jax.set_mesh(mesh), _compilation_cache(cache), tempfile.TemporaryDirectory() as dump:

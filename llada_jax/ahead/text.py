@@ -9,10 +9,9 @@ def describe(found: dict[str, Any]) -> str:
     """What tools/compile_ahead.py prints."""
     mesh = " ".join(f"{axis}={size}" for axis, size in found["mesh"].items() if size > 1) or "one device"
     lines = [
-        f"{found['topology']}: {found['chips']} chip{'s' * (found['chips'] > 1)}, {mesh}; "
-        f"batch {found['batch_size']} x {found['row_length']} in "
-        f"{found['microbatches']} part{'s' * (found['microbatches'] > 1)}, remat {found['remat']}, "
-        f"{found['parameters']:,} parameters",
+        f"{found['topology']}: {found['chips']:,} chip{'s' * (found['chips'] > 1)}, {mesh}; {found['parameters']:,} "
+        f"parameters; batch {found['batch_size']} x {found['row_length']} in {found['microbatches']} "
+        f"part{'s' * (found['microbatches'] > 1)}, remat {found['remat']}",
         _memory(found),
     ]
     if not found["fits"]:
