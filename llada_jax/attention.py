@@ -6,6 +6,7 @@ B batch, L length (queries), S length (keys), N query heads, K key heads, G quer
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -132,7 +133,7 @@ def _splash(q_BNLH, k_BKSH, v_BKSH, ids_BL, ids_BS, causal: bool, shard, shards:
             jnp.pad(ids_BL, ((0, 0), (0, more_L)), mode="edge"), jnp.pad(ids_BS, ((0, 0), (0, more_S)))
         )
     kernel = _splash_kernel(N, L, L + more_L, S + more_S, block_q, block_kv, causal, shard, shards, interpret)
-    over_rows = jax.vmap(kernel, in_axes=(0, 0, 0, None if segments is None else 0))
+    over_rows: Any = jax.vmap(kernel, in_axes=(0, 0, 0, None if segments is None else 0))
     return over_rows(q_BNLH, k_BKSH, v_BKSH, segments)[:, :, :L]
 
 
@@ -177,11 +178,13 @@ def _cudnn(
     """cuDNN's flash attention. Segments cost a bias of [B, 1, L, S]; rows that are all one segment go without it."""
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q_BNLH, k_BKSH, v_BKSH))
     L, S = q.shape[1], k.shape[1]
-    run = functools.partial(jax.nn.dot_product_attention, implementation=implementation)
+    attend: Any = jax.nn.dot_product_attention  # its overloads know no variable
+    run = functools.partial(attend, implementation=implementation)
     positions_L = shard * L + jnp.arange(L) if causal else None
 
     def masked():
-        return run(q, k, v, mask=_visible(ids_BL, ids_BS, positions_L, S)[:, None])
+        mask_BLS = _visible(ids_BL, ids_BS, positions_L, S)
+        return run(q, k, v, mask=None if mask_BLS is None else mask_BLS[:, None])
 
     def unmasked():
         return masked() if causal and shards > 1 else run(q, k, v, is_causal=causal)

@@ -3,9 +3,12 @@
 A workdir holds checkpoints/STEP/{model,optimizer}, config.json and the tokenizer. A checkpoint carries the config, too.
 """
 
+import contextlib
 import json
+import math
 import shutil
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ from orbax.checkpoint import v1 as ocp
 
 from llada_jax.config import InputError, ModelConfig, RunConfig, differences, model_config, run_config
 from llada_jax.model import Transformer
+from llada_jax.sharding import require_mesh
 from llada_jax.train_step import TrainState
 
 # What may change between two runs in one workdir; everything else is refused.
@@ -47,11 +51,13 @@ class Checkpointer:
         """Starts saving if it is time to (or with `force`); the arrays are copied, so training may go on."""
         if force and step == self.latest:
             return
-        self._orbax.save_checkpointables_async(step, _parts(state), force=force, custom_metadata=self._metadata)
+        with frugal(jax.tree.leaves(state)):
+            self._orbax.save_checkpointables_async(step, _parts(state), force=force, custom_metadata=self._metadata)
 
     def restore(self, like: TrainState) -> TrainState:
         """The newest checkpoint, as arrays sharded like those of `like`."""
-        parts = self._orbax.load_checkpointables(None, _abstract(_parts(like)))
+        with _readable(self._directory / str(self.latest)), frugal(jax.tree.leaves(like)):
+            parts = self._orbax.load_checkpointables(None, _abstract(_parts(like)))
         return jax.tree.unflatten(
             jax.tree.structure(like),
             [parts[part][name] for part, name in _names(like)],
@@ -67,21 +73,70 @@ class Checkpointer:
                     shutil.rmtree(path, ignore_errors=True)
 
 
-def load_model(path: str | Path, mesh=None) -> Transformer:
-    """The float32 model of a workdir's newest checkpoint; sharded when a mesh is given.
+def load_model(path: str | Path, mesh=None, dtype: str | None = "float32") -> Transformer:
+    """The model of a workdir's newest checkpoint; sharded when a mesh is given. dtype: of parameters; None: as stored.
 
+    One parameter is read at a time, the large ones first, so that little memory is needed beside the model's own.
     Raises InputError when the directory holds no checkpoint.
     """
-    config = model_config(load_config(path)["model"])
+    config = model_config(load_config(path).get("model"))
     directory = Path(path) / "checkpoints"
     if not directory.is_dir():
         raise InputError(f"{path}: no checkpoints/ in it; give the --workdir of a training run")
     like = abstract_model(config, mesh)
+    named: dict[str, jax.Array] = {}
     with ocp.training.Checkpointer(epath.Path(directory).resolve()) as orbax:
         if orbax.latest is None:
             raise InputError(f"{directory}: no complete checkpoint in it yet")
-        named = orbax.load_checkpointables(None, {"model": dict(named_leaves(like))})["model"]
+        place = directory / str(orbax.latest.step)
+        with _readable(place):
+            metadata: Any = orbax.checkpointables_metadata(None).metadata
+            stored = (metadata or {}).get("model")
+            if not stored:
+                raise InputError(f"{place}: holds no model; copy it again")
+            for name, x in sorted(named_leaves(like), key=lambda item: -item[1].size):
+                found = stored.get(name)
+                if found is None or found.shape != x.shape:
+                    told = "none" if found is None else f"shape {found.shape}"
+                    raise InputError(f"{place}: config.json makes {name} {x.shape}, the checkpoint holds {told} of it")
+                one = {name: jax.ShapeDtypeStruct(x.shape, dtype or found.dtype, sharding=x.sharding)}
+                context = frugal([x])
+                context.pytree.loading.partial_load = True
+                with context:
+                    named |= orbax.load_checkpointables(None, {"model": one})["model"]
     return jax.tree.unflatten(jax.tree.structure(like), [named[name] for name, _ in named_leaves(like)])
+
+
+@contextlib.contextmanager
+def _readable(place: Path) -> Iterator[None]:
+    """Whatever Orbax and TensorStore raise for missing and damaged files becomes one line."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        root: BaseException = error
+        while root.__cause__ or root.__context__:
+            root = root.__cause__ or root.__context__ or root
+        if not isinstance(root, Exception):  # Ctrl-C or a kill
+            raise root from None
+        text = " ".join(str(root).split())[:200] or type(root).__name__
+        raise InputError(f"{place}: damaged or incomplete ({text}); remove it or copy it again") from error
+
+
+def frugal(arrays: Iterable[Any], *, ocdbt: bool = True) -> Any:
+    """How Orbax saves and loads these arrays in little memory beside their own, as a context.
+
+    By default it encodes all of them before the first byte goes to the disk. Here the arrays that are in flight hold
+    a gigabyte, or are one. ocdbt=False: of those, too, only some chunks are encoded at a time, each to a file of its
+    own; OCDBT packs chunks into large files, and keeps the whole of an array for that.
+    """
+    largest = max(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in arrays)
+    context = ocp.Context()
+    context.memory.write_concurrent_bytes = context.memory.read_concurrent_bytes = max(largest, 2**30) + 1
+    context.array.saving.use_ocdbt = ocdbt
+    context.array.saving.storage_options.chunk_byte_size = 2**26  # so large that malloc gives its memory back
+    return context
 
 
 def abstract_model(config: ModelConfig, mesh) -> Transformer:
@@ -90,6 +145,7 @@ def abstract_model(config: ModelConfig, mesh) -> Transformer:
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         like = jax.eval_shape(lambda key: Transformer(config, key), jax.random.key(0))
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), like)
+    require_mesh(mesh)
     with jax.set_mesh(mesh):
         like = jax.eval_shape(lambda key: Transformer(config, key), jax.random.key(0))
     concrete = lambda x: jax.sharding.NamedSharding(mesh, x.sharding.spec)  # noqa: E731
@@ -102,13 +158,19 @@ def load_config(workdir: str | Path) -> dict:
     if not path.is_file():
         raise InputError(f"{workdir}: no config.json in it; give the --workdir of a training run")
     try:
-        return json.loads(path.read_text())
+        config = json.loads(path.read_text())
     except ValueError as error:
         raise InputError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise InputError(f"{path}: not a JSON object")
+    return config
 
 
 def claim_workdir(workdir: str | Path, config: RunConfig) -> None:
-    """Writes config.json into a new workdir; refuses one that holds a run with another model, data or recipe."""
+    """Writes config.json into a new workdir; refuses one that holds a run with another model, data or recipe.
+
+    For one process alone.
+    """
     workdir = Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     if (workdir / "config.json").exists():

@@ -1,8 +1,9 @@
 """How every command line of the project starts, and how it fails: one clear line and exit code 2."""
 
 import errno
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -10,13 +11,19 @@ from ml_collections import config_flags
 from llada_jax.config import InputError
 
 
-def run(main: Callable[[list[str]], None]) -> None:
-    """`app.run(main)`; a wrong flag, an InputError or a full disk prints one line and exits with code 2."""
+def run(main: Callable[[list[str]], None], *, commands: Sequence[str] = ()) -> None:
+    """`app.run(main)`; a wrong flag, an InputError or a full disk prints one line and exits with code 2.
+
+    commands: words of which the command line must have one, argv[1], before or among the flags.
+    """
 
     def guarded(argv: list[str]) -> None:
         logging.set_verbosity(logging.FATAL)  # Orbax logs at length, and raises what matters
-        if len(argv) > 1:
-            fail(f"unexpected argument {argv[1]!r}; flags are written --name=value")
+        sys.unraisablehook = _unraisable
+        if commands and (len(argv) < 2 or argv[1] not in commands):
+            fail(f"say what to do: {os.path.basename(argv[0])} {'|'.join(commands)} [--flags]")
+        if unexpected := argv[1 + bool(commands) :]:
+            fail(f"unexpected argument {unexpected[0]!r}; flags are written --name=value")
         try:
             main(argv)
         except InputError as error:
@@ -38,6 +45,12 @@ def run(main: Callable[[list[str]], None]) -> None:
 def fail(message: str) -> None:
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)
+
+
+def _unraisable(problem) -> None:
+    """Silent about what TensorStore's threads report when a write has failed and Orbax's event loop is gone."""
+    if str(problem.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(problem)
 
 
 def _parse(argv: list[str]) -> list[str]:

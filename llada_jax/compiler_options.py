@@ -55,7 +55,7 @@ _TABLE: list[tuple[str, Options]] = [
 
 
 def compiler_options_for(device_kind: str) -> Options:
-    """What the table holds for a chip (`device.device_kind`); nothing for one that it doesn't know, such as a CPU."""
+    """What the table holds for a chip (`device.device_kind`); nothing for one that it doesn't know."""
     return next((dict(options) for kind, options in _TABLE if device_kind.startswith(kind)), {})
 
 

@@ -186,13 +186,19 @@ def set_slice(config: RunConfig, slices: dict[str, dict[str, Any]], name: str) -
         group[field] = value
 
 
-def model_config(group: ConfigDict | dict) -> ModelConfig:
+def model_config(group: Any) -> ModelConfig:
     """The `model` group of a run config as a `ModelConfig`. Raises InputError on an impossible shape."""
-    names = {field.name for field in dataclasses.fields(ModelConfig)}
-    unknown = sorted(set(group) - names)
-    if unknown:
-        raise InputError(f"config.model: unknown field {', '.join(unknown)}; known: {', '.join(sorted(names))}")
+    if not isinstance(group, ConfigDict | dict):
+        raise InputError(f"config.model is {group!r}, not a group of fields")
+    defaults = {field.name: field.default for field in dataclasses.fields(ModelConfig)}
     fields: dict[str, Any] = dict(group)
+    unknown = sorted(set(fields) - set(defaults))
+    if unknown:
+        raise InputError(f"config.model: unknown field {', '.join(unknown)}; known: {', '.join(sorted(defaults))}")
+    for name, value in fields.items():
+        kind = type(defaults[name])
+        if type(value) is not kind and not (kind is float and type(value) is int):
+            raise InputError(f"config.model: {name} is {value!r}, must be of type {kind.__name__}")
     return ModelConfig(**fields)
 
 

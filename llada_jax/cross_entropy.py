@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from llada_jax.sharding import BATCH, HIDDEN, TOKENS, current_mesh
+from llada_jax.sharding import BATCH, HIDDEN, TOKENS, current_mesh, platform
 
 _LOGITS_BYTES = 2**29  # of one chunk, float32
 
@@ -48,22 +48,29 @@ scored_cross_entropy.defvjp(_forward, _backward)
 
 
 def _over_mesh(with_gradients, hidden_BLD, head_VD, targets_BL, weights_BL, chunk):
-    local = functools.partial(_local, with_gradients=with_gradients, chunk=chunk, mesh=current_mesh() is not None)
+    mesh = current_mesh()
+    # Collectives over an axis of one device move nothing, but a CPU would copy for them.
+    axes = () if mesh is None else tuple(axis for axis, size in mesh.shape.items() if size > 1)
+    local = functools.partial(_local, with_gradients=with_gradients, chunk=chunk, axes=axes)
     arrays = (hidden_BLD, head_VD, targets_BL, weights_BL)
-    if current_mesh() is None:
+    if mesh is None:
         return local(*arrays)
     head = P("tensor", "fsdp")
     outs = (P(), TOKENS, HIDDEN, head) if with_gradients else (P(), TOKENS, P(), P())
     return jax.shard_map(local, in_specs=(HIDDEN, head, TOKENS, TOKENS), out_specs=outs, check_vma=False)(*arrays)
 
 
-def _local(hidden_BLD, head_VD, targets_BL, weights_BL, *, with_gradients: bool, chunk: int | None, mesh: bool):
-    """One device's rows against its part of the vocabulary. Sums over the mesh happen here, and nowhere else."""
+def _local(hidden_BLD, head_VD, targets_BL, weights_BL, *, with_gradients: bool, chunk: int | None, axes):
+    """One device's rows against its part of the vocabulary. Sums over the mesh happen here, and nowhere else.
+
+    axes: those of the mesh that have more than one device.
+    """
     B, L, D = hidden_BLD.shape
-    if mesh:
+    if "fsdp" in axes:
         head_VD = jax.lax.all_gather(head_VD, "fsdp", axis=1, tiled=True)
     C = chunk_size(B * L, len(head_VD)) if chunk is None else min(chunk, B * L)
     N = -(-B * L // C) * C
+    U = _part_size(*head_VD.shape)
 
     def rows(x):  # flat, padded to whole chunks; the padding has weight 0
         flat = x.reshape(B * L, *x.shape[2:])
@@ -76,14 +83,21 @@ def _local(hidden_BLD, head_VD, targets_BL, weights_BL, *, with_gradients: bool,
     def trip(i, carry):
         loss, ce_N, dh_ND, dw_VD = carry
         h_CD, t_C, w_C = (jax.lax.dynamic_slice_in_dim(x, i * C, C) for x in (h_ND, t_N, w_N))
-        ce_C, logit_gradient = _chunk(h_CD, head_VD, t_C, mesh)
+        ce_C, logit_gradient = _chunk(h_CD, head_VD, t_C, "tensor" in axes)
         ce_N = jax.lax.dynamic_update_slice_in_dim(ce_N, jnp.where(w_C == 0, 0.0, ce_C), i * C, 0)
         if with_gradients:
-            g_CV = logit_gradient(w_C)
-            dh_CD = jax.lax.dot(g_CV, head_VD, preferred_element_type=jnp.float32)
-            dh_CD = jax.lax.psum(dh_CD, "tensor") if mesh else dh_CD
+
+            def part(j, carry):
+                dh_CD, dw_VD = carry
+                g_CU = logit_gradient(w_C, j * U, U)
+                dh_CD += jax.lax.dot(g_CU, rows_of(head_VD, j), preferred_element_type=jnp.float32)
+                dw_UD = jax.lax.dot_general(g_CU, h_CD, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+                return dh_CD, jax.lax.dynamic_update_slice_in_dim(dw_VD, rows_of(dw_VD, j) + dw_UD, j * U, 0)
+
+            rows_of = lambda x_VD, j: jax.lax.dynamic_slice_in_dim(x_VD, j * U, U)  # noqa: E731
+            dh_CD, dw_VD = jax.lax.fori_loop(0, len(head_VD) // U, part, (jnp.zeros(h_CD.shape), dw_VD))
+            dh_CD = _psum(dh_CD, axes, ("tensor",))
             dh_ND = jax.lax.dynamic_update_slice_in_dim(dh_ND, dh_CD.astype(dh_ND.dtype), i * C, 0)
-            dw_VD += jax.lax.dot_general(g_CV, h_CD, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
         return loss + jnp.sum(jnp.where(w_C == 0, 0.0, w_C * ce_C)), ce_N, dh_ND, dw_VD
 
     zero = jnp.zeros((), jnp.float32)
@@ -95,36 +109,42 @@ def _local(hidden_BLD, head_VD, targets_BL, weights_BL, *, with_gradients: bool,
     def unsorted(x_N):
         return jnp.zeros_like(x_N).at[order_N].set(x_N)[: B * L].reshape(B, L, *x_N.shape[1:])
 
-    if mesh:
-        loss = jax.lax.psum(loss, (*BATCH, "context"))
+    loss = _psum(loss, axes, (*BATCH, "context"))
     if with_gradients:
         dh_ND = unsorted(dh_ND)
-        if mesh:
+        if "fsdp" in axes:
             dw_VD = jax.lax.psum_scatter(dw_VD, "fsdp", scatter_dimension=1, tiled=True)
-            dw_VD = jax.lax.psum(dw_VD, ("data", "context"))
+        dw_VD = _psum(dw_VD, axes, ("data", "context"))
     return loss, unsorted(ce_N), dh_ND, dw_VD
 
 
-def _chunk(h_CD, head_VD, targets_C, mesh: bool):
+def _psum(x, present, axes):
+    """The sum over those of the axes that are present."""
+    axes = tuple(axis for axis in axes if axis in present)
+    return jax.lax.psum(x, axes) if axes else x
+
+
+def _chunk(h_CD, head_VD, targets_C, split: bool):
     """Cross-entropy of one chunk, and the function that gives its gradient in the logits for given weights.
 
     With a vocabulary split over `tensor`, maximum, sum and target logit are combined over that axis.
     """
 
     def combine(x, reduce):
-        return reduce(x, "tensor") if mesh else x
+        return reduce(x, "tensor") if split else x
 
     logits_CV = jax.lax.dot_general(h_CD, head_VD, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-    first = jax.lax.axis_index("tensor") * len(head_VD) if mesh else 0
+    first = jax.lax.axis_index("tensor") * len(head_VD) if split else 0
     is_target_CV = jnp.arange(len(head_VD)) + first == targets_C[:, None]
     top_C = combine(jnp.max(logits_CV, axis=1), jax.lax.pmax)
     exp_CV = jnp.exp(logits_CV - top_C[:, None])
     total_C = combine(jnp.sum(exp_CV, axis=1), jax.lax.psum)
     target_C = combine(jnp.sum(jnp.where(is_target_CV, logits_CV, 0.0), axis=1), jax.lax.psum)
 
-    def logit_gradient(weights_C):
-        softmax_CV = exp_CV * (weights_C / total_C)[:, None]
-        return (softmax_CV - jnp.where(is_target_CV, weights_C[:, None], 0.0)).astype(h_CD.dtype)
+    def logit_gradient(weights_C, start, size):
+        exp_CU, is_target_CU = (jax.lax.dynamic_slice_in_dim(x, start, size, 1) for x in (exp_CV, is_target_CV))
+        softmax_CU = exp_CU * (weights_C / total_C)[:, None]
+        return (softmax_CU - jnp.where(is_target_CU, weights_C[:, None], 0.0)).astype(h_CD.dtype)
 
     return jnp.log(total_C) + top_C - target_C, logit_gradient
 
@@ -138,3 +158,12 @@ def chunk_size(positions: int, rows: int) -> int:
     fits = max(_LOGITS_BYTES // (4 * rows), 8)
     size = max(min(fits, -(-positions // 8)), 1)
     return size - size % 128 if size > 128 else size
+
+
+def _part_size(rows: int, width: int) -> int:
+    """Rows of the vocabulary whose gradient is added up at once. On a CPU, which multiplies into memory of its own
+    before it adds, so few that this stays in its cache; elsewhere all."""
+    if platform() != "cpu":
+        return rows
+    parts = next(n for n in range(-(-4 * rows * width // 2**24), 0, -1) if rows % n == 0)
+    return rows // parts

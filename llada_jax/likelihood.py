@@ -19,6 +19,7 @@ from absl import logging
 from jax.experimental import multihost_utils
 from jax.sharding import PartitionSpec as P
 
+from llada_jax import checks
 from llada_jax.config import InputError
 from llada_jax.cross_entropy import scored_cross_entropy
 from llada_jax.sharding import BATCH, HIDDEN, current_mesh, reshard
@@ -38,13 +39,15 @@ def log_likelihood(
     cfg_scale: classifier-free guidance, Eq. 16. Raises InputError for what does not fit the model.
     """
     tokens, start = _tokens(model.config, prompt, answer)
+    mc_num, batch_size = checks.whole("mc_num", mc_num), checks.whole("batch_size", batch_size)
     if not 1 <= batch_size <= mc_num:
         raise InputError(f"mc_num {mc_num} and batch_size {batch_size}: need 1 <= batch_size <= mc_num")
     if mc_num % batch_size:
         text = "mc_num %d is not a multiple of batch_size %d: %d samples are dropped"
         logging.log_first_n(logging.WARNING, text, 1, mc_num, batch_size, mc_num % batch_size)
-    key = jax.random.key(0) if key is None else key
-    masked_NA, ratio_N = fixed_count_masks(key, mc_num // batch_size, batch_size, len(tokens) - start)
+    masked_NA, ratio_N = fixed_count_masks(
+        checks.random_key(key), mc_num // batch_size, batch_size, len(tokens) - start
+    )
     ce_NA = _cross_entropies(model, tokens, start, masked_NA, cfg_scale, batch_size)
     return float(-np.mean(ce_NA.sum(axis=1) / ratio_N))
 
@@ -52,11 +55,12 @@ def log_likelihood(
 def log_likelihood_from_masks(model, prompt, answer, masked, mask_ratio, cfg_scale: float = 0.0) -> np.ndarray:
     """-Σ over masked of CE / mask_ratio for each mask, float64 [N], nats.
 
-    masked: bool [N, A], or [N, P + A] with nothing of the prompt masked. mask_ratio: float [N] or of masked's shape.
-    Raises InputError for what does not fit.
+    masked: bool [N, A], or [N, P + A] with nothing of the prompt masked. mask_ratio: float [N] or of masked's shape, in
+    (0, 1] where something is masked. Raises InputError for what does not fit.
     """
     tokens, start = _tokens(model.config, prompt, answer)
-    masked, ratio = np.asarray(masked, bool), np.asarray(mask_ratio, np.float64)
+    masked = checks.zeros_and_ones("masked", masked)
+    ratio = np.asarray(checks.array("mask_ratio", mask_ratio, "iuf"), np.float64)
     shapes = [(len(masked), len(tokens) - start), (len(masked), len(tokens))] if masked.ndim == 2 else []
     if masked.shape not in shapes or len(masked) == 0:
         raise InputError(
@@ -69,8 +73,7 @@ def log_likelihood_from_masks(model, prompt, answer, masked, mask_ratio, cfg_sca
         if masked[:, :start].any():
             raise InputError("masked covers tokens of the prompt; only those of the answer may be masked")
         masked = masked[:, start:]
-    if not np.all(np.where(masked, ratio, 1.0) > 0):
-        raise InputError("mask_ratio must be positive where something is masked")
+    checks.ratios(masked, ratio)
     ce_NA = _cross_entropies(model, tokens, start, masked, cfg_scale)
     return -np.sum(ce_NA / np.where(masked, ratio, 1.0), axis=1)
 
@@ -121,19 +124,8 @@ def stratified_counts(k_B: np.ndarray, rows: int, length: int) -> np.ndarray:
 
 def _tokens(c, prompt, answer) -> tuple[np.ndarray, int]:
     """The two as one row int32 [S], and where the answer starts."""
-    parts = []
-    for name, ids in (("prompt", prompt), ("answer", answer)):
-        ids = np.asarray(ids)
-        if ids.ndim != 1:
-            raise InputError(f"the {name} has shape {ids.shape}; it must be a row of token ids")
-        if len(ids) == 0:
-            raise InputError(f"the {name} is empty")
-        if ids.dtype.kind not in "iu":
-            raise InputError(f"the {name} holds {ids.dtype}, not token ids")
-        for token in (int(ids.min()), int(ids.max())):
-            if not 0 <= token < c.embedding_size:
-                raise InputError(f"the {name} holds {token}, outside the {c.embedding_size} rows of the embedding")
-        parts.append(ids.astype(np.int32))
+    given = dict(prompt=prompt, answer=answer)
+    parts = [checks.token_ids(name, ids, c.embedding_size, "[tokens]") for name, ids in given.items()]
     if sum(map(len, parts)) > c.max_sequence_length:
         raise InputError(
             f"prompt ({len(parts[0])}) and answer ({len(parts[1])}) exceed the model's context of "
@@ -146,8 +138,7 @@ def _cross_entropies(
     model, tokens_S: np.ndarray, start: int, masked_NA: np.ndarray, cfg_scale: float, rows: int = _ROWS
 ) -> np.ndarray:
     """-log p of each masked token of the answer given what is not masked, float64 [N, A], nats; 0 where not masked."""
-    if cfg_scale < 0:
-        raise InputError(f"cfg_scale {cfg_scale} is negative")
+    cfg_scale = checks.not_negative("cfg_scale", cfg_scale)
     mesh, N = current_mesh(), len(masked_NA)
     split, context = _splits()
     if len(tokens_S) % context:

@@ -10,8 +10,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from llada_jax import diffusion
+from llada_jax import checks, diffusion
 from llada_jax.config import InputError, ModelConfig
 from llada_jax.cross_entropy import scored_cross_entropy
 from llada_jax.sharding import BATCH, TOKENS, reshard
@@ -105,10 +106,11 @@ def noisy_loss(model, noisy: NoisyBatch) -> tuple[jax.Array, dict[str, jax.Array
 def pretrain_loss(model, tokens, masked, mask_ratio) -> jax.Array:
     """The pre-training loss of noise drawn elsewhere, float32 scalar: Σ over masked of CE / ratio / (B · L).
 
-    tokens: int [B, L] before masking. masked: bool [B, L]. mask_ratio: float [B] or [B, L]. Differentiable in the
-    model. Raises InputError when shapes differ.
+    tokens: int [B, L] before masking. masked: bool [B, L]. mask_ratio: float [B] or [B, L], in (0, 1] where something
+    is masked. Differentiable in the model. Raises InputError when shapes differ, and for values that are impossible as
+    far as they are known: not those that are traced.
     """
-    tokens_BL, masked_BL, ratio_BL = _drawn(tokens, masked, mask_ratio)
+    tokens_BL, masked_BL, ratio_BL = _drawn(model.config, tokens, masked, mask_ratio)
     return _masked_loss(model, tokens_BL, masked_BL, ratio_BL, 1.0 / tokens_BL.size)
 
 
@@ -118,23 +120,35 @@ def sft_loss(model, tokens, masked, mask_ratio, prompt_lengths) -> jax.Array:
     As `pretrain_loss`; prompt_lengths: int [B]. What is masked in a prompt is put back; all that follows it, padding
     with EOS included, is answer.
     """
-    tokens_BL, masked_BL, ratio_BL = _drawn(tokens, masked, mask_ratio)
-    prompt_B, (B, L) = jnp.asarray(prompt_lengths), tokens_BL.shape
-    if prompt_B.shape != (B,):
-        raise InputError(f"prompt_lengths has shape {prompt_B.shape}; it must be ({B},), one for each row")
+    tokens_BL, masked_BL, ratio_BL = _drawn(model.config, tokens, masked, mask_ratio)
+    B, L = tokens_BL.shape
+    lengths = checks.array("prompt_lengths", prompt_lengths, "iu")
+    if lengths.shape != (B,):
+        raise InputError(f"prompt_lengths has shape {lengths.shape}; it must be ({B},), one for each row")
+    known = checks.values(lengths)
+    if known is not None and not np.all((known >= 0) & (known <= L)):
+        raise InputError(f"prompt_lengths must be from 0 to {L}, the length of the rows")
+    prompt_B = jnp.asarray(lengths, jnp.int32)
     masked_BL &= jnp.arange(L) >= prompt_B[:, None]
     return _masked_loss(model, tokens_BL, masked_BL, ratio_BL, 1.0 / (jnp.maximum(L - prompt_B, 1) * B)[:, None])
 
 
-def _drawn(tokens, masked, mask_ratio) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _drawn(c: ModelConfig, tokens, masked, mask_ratio) -> tuple[jax.Array, jax.Array, jax.Array]:
+    tokens, masked = checks.array("tokens", tokens, "iu"), checks.array("masked", masked, "biuf")
+    ratio = checks.array("mask_ratio", mask_ratio, "iuf")
+    if tokens.ndim != 2 or tokens.size == 0 or masked.shape != tokens.shape:
+        raise InputError(f"tokens has shape {tokens.shape} and masked {masked.shape}; both must be [rows, length]")
+    if ratio.shape not in (tokens.shape[:1], tokens.shape):
+        raise InputError(f"mask_ratio has shape {ratio.shape}; it must be {tokens.shape[:1]} or {tokens.shape}")
+    known = [checks.values(x) for x in (tokens, masked, ratio)]
+    if known[0] is not None:
+        checks.token_ids("batch", known[0], c.embedding_size, "[rows, length]")
+    if known[1] is not None:
+        asked = checks.zeros_and_ones("masked", known[1])
+        if known[2] is not None:
+            checks.ratios(asked, known[2] if ratio.ndim == 2 else known[2][:, None])
     tokens_BL, masked_BL = jnp.asarray(tokens, jnp.int32), jnp.asarray(masked, bool)
-    ratio = jnp.asarray(mask_ratio, jnp.float32)
-    if tokens_BL.ndim != 2 or tokens_BL.size == 0 or masked_BL.shape != tokens_BL.shape:
-        raise InputError(
-            f"tokens has shape {tokens_BL.shape} and masked {masked_BL.shape}; both must be [rows, length]"
-        )
-    if ratio.shape not in (tokens_BL.shape[:1], tokens_BL.shape):
-        raise InputError(f"mask_ratio has shape {ratio.shape}; it must be {tokens_BL.shape[:1]} or {tokens_BL.shape}")
+    ratio = jnp.asarray(ratio, jnp.float32)
     ratio_BL = jnp.broadcast_to(ratio[:, None] if ratio.ndim == 1 else ratio, tokens_BL.shape)
     return tokens_BL, masked_BL, ratio_BL
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from llada_jax.config import ModelConfig
@@ -73,6 +72,10 @@ class Reporter:
         self._writes = jax.process_index() == 0
         self.restart_clock()
         if self._writes:
+            from tensorboardX import (
+                SummaryWriter,  # here, because it imports PyTorch where that is installed: 3 seconds
+            )
+
             self._board = SummaryWriter(str(workdir))
             self._board.add_text("about_the_curves", _ABOUT, first_step)
             self._lines = (Path(workdir) / "metrics.jsonl").open("a")
@@ -82,7 +85,7 @@ class Reporter:
 
     def step(self, step: int, metrics: dict, data_seconds: float) -> None:
         """Takes one step's metrics (device arrays of a finished step) and writes at every log_every-th."""
-        m = {name: np.asarray(value, np.float64) for name, value in metrics.items()}
+        m = {name: np.asarray(value, np.float64) for name, value in jax.device_get(metrics).items()}
         self._smooth.add(m["ce_sum"], m["ce_count"])
         self._tokens += float(m["tokens"])
         self._flops += flops_per_step(self._c, self._rows, self._length, float(m["ce_count"].sum()))

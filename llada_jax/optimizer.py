@@ -10,6 +10,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from llada_jax.config import InputError
@@ -29,7 +30,7 @@ _UNITS = {"T": 1e12, "B": 1e9, "M": 1e6, "K": 1e3, "": 1.0}
 
 
 def make_schedule(phases, *, total_steps: int, tokens_per_step: int) -> optax.Schedule:
-    """step -> learning rate (float32), for phases as described above.
+    """step -> learning rate (float32), for phases as described above. For a step on the host it touches no device.
 
     A phase that would end before it begins is left out, so a short run may see only the warm-up. Raises InputError for
     an unknown kind, an unreadable `until`, or no phase at all.
@@ -39,15 +40,16 @@ def make_schedule(phases, *, total_steps: int, tokens_per_step: int) -> optax.Sc
     ends = list(itertools.accumulate((_until(phase, total_steps, tokens_per_step) for phase in phases), max))
 
     def rate(step):
-        step = jnp.asarray(step, jnp.float32)
-        value, start, current = jnp.float32(0.0), 0, 0.0
+        np_ = jnp if isinstance(step, jax.Array) else np
+        step = np_.asarray(step, np_.float32)
+        value, start, current = np_.float32(0.0), 0, 0.0
         for i, ((kind, target, _), end) in enumerate(zip(phases, ends, strict=True)):
-            fraction = jnp.clip((step - start) / max(end - start, 1), 0.0, 1.0)
+            fraction = np_.clip((step - start) / max(end - start, 1), 0.0, 1.0)
             if kind == "cosine":
-                fraction = (1 - jnp.cos(jnp.pi * fraction)) / 2
-            inside = jnp.float32(target) if kind == "constant" else current + (target - current) * fraction
+                fraction = (1 - np_.cos(np_.pi * fraction)) / 2
+            inside = np_.float32(target) if kind == "constant" else current + (target - current) * fraction
             last = i == len(phases) - 1
-            value = jnp.where((step >= start) if last else (step >= start) & (step < end), inside, value)
+            value = np_.where((step >= start) if last else (step >= start) & (step < end), inside, value)
             start, current = end, target
         return value
 
@@ -83,8 +85,19 @@ def make_optimizer(config, *, total_steps: int, tokens_per_step: int) -> optax.G
         mask=is_matrix if config.decay == "matrices" else None,
         mu_dtype=config.mu_dtype,
     )
-    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
-    return optax.chain(clip, adamw)
+    return optax.chain(_clip(config.clip_norm) if config.clip_norm else optax.identity(), adamw)
+
+
+def _clip(limit: float) -> optax.GradientTransformation:
+    """optax.clip_by_global_norm, but one factor for all: its division of every gradient is what XLA will not repeat in
+    each of Adam's moments, so that it would keep a second copy of all gradients."""
+
+    def clip(updates, params=None):
+        del params
+        factor = jnp.minimum(1.0, limit / jnp.maximum(optax.tree.norm(updates), 1e-30))
+        return jax.tree.map(lambda g: g * factor.astype(g.dtype), updates)
+
+    return optax.stateless(clip)
 
 
 def is_matrix(params):

@@ -4,6 +4,7 @@ python -m llada_jax.sample --checkpoint=DIR --prompt='床前明月光，' --gen_
 python -m llada_jax.sample --checkpoint=DIR --prompt='[MASK*5]，疑是地上霜。' --trajectory
 """
 
+import contextlib
 import sys
 from pathlib import Path
 
@@ -11,12 +12,13 @@ import jax
 import numpy as np
 from absl import flags
 
-from llada_jax import checkpoint, cli
+from llada_jax import checkpoint, cli, processes, sharding
 from llada_jax.config import InputError
 from llada_jax.data.tokenizer import Tokenizer, load_tokenizer
+from llada_jax.interop import hf
 from llada_jax.sampling import chat, reverse
 
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "The workdir of a training run.")
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "The workdir of a training run, or a published checkpoint.")
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "The prompt; may be given several times. [MASK] or [MASK*N]: masks.")
 _GEN_LENGTH = flags.DEFINE_integer("gen_length", None, "Tokens to append; default 32, or none if the prompt has masks.")
 _STEPS = flags.DEFINE_integer("steps", None, "Forward passes in all; default: one for each token.")
@@ -25,29 +27,42 @@ _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 is greedy.")
 _CFG_SCALE = flags.DEFINE_float("cfg_scale", 0.0, "Classifier-free guidance.")
 _REMASKING = flags.DEFINE_enum("remasking", "low_confidence", ["low_confidence", "random"], "What stays masked.")
 _CHAT = flags.DEFINE_enum("chat", "auto", ["auto", "yes", "no"], "Apply the chat template; auto: if fine-tuned.")
-_SEED = flags.DEFINE_integer("seed", 0, "Of the sampling noise.")
+_SEED = flags.DEFINE_integer("seed", 0, "Of the sampling noise.", lower_bound=0, upper_bound=2**32 - 1)
 _TRAJECTORY = flags.DEFINE_bool("trajectory", False, "Show the text after every step.")
 
 
 def main(_argv: list[str]) -> None:
+    with processes.together():
+        workdir, objective, tokenizer = _open()
+    with contextlib.ExitStack() as stack:
+        mesh = None
+        if jax.process_count() > 1:  # the model is split over the devices of all
+            mesh = sharding.make_mesh(dict(data=1, fsdp=-1, tensor=1, context=1))
+            stack.enter_context(jax.set_mesh(mesh))
+        model = hf.load(workdir, mesh=mesh)
+        is_chat = objective == "sft" if _CHAT.value == "auto" else _CHAT.value == "yes"
+        for prompt in _PROMPT.value:
+            ids = (
+                tokenizer.encode_chat([{"role": "user", "content": prompt}])
+                if is_chat
+                else chat.encode_prompt(tokenizer, prompt)
+            )
+            row, trajectory = _sample(model, tokenizer, ids)
+            if processes.is_first():
+                _print(tokenizer, ids, is_chat, row, trajectory)
+
+
+def _open() -> tuple[Path, str | None, Tokenizer]:
     if not _CHECKPOINT.value:
         raise InputError("--checkpoint is needed: the --workdir of a training run")
     if not _PROMPT.value or not all(_PROMPT.value):
         raise InputError("--prompt is needed and must not be empty")
     workdir = Path(_CHECKPOINT.value)
     config = checkpoint.load_config(workdir)
-    if config["objective"]["name"] == "autoregressive":
+    objective = config.get("objective", {}).get("name")  # a published model tells of none, also when converted
+    if objective == "autoregressive":
         raise InputError(f"{workdir}: holds an autoregressive control; the diffusion sampler can't use it")
-    tokenizer = load_tokenizer(workdir / "tokenizer")
-    model = checkpoint.load_model(workdir)
-    is_chat = config["objective"]["name"] == "sft" if _CHAT.value == "auto" else _CHAT.value == "yes"
-    for prompt in _PROMPT.value:
-        ids = (
-            tokenizer.encode_chat([{"role": "user", "content": prompt}])
-            if is_chat
-            else chat.encode_prompt(tokenizer, prompt)
-        )
-        _print(tokenizer, ids, is_chat, *_sample(model, tokenizer, ids))
+    return workdir, objective, load_tokenizer(hf.tokenizer_directory(workdir))
 
 
 def _sample(model, tokenizer: Tokenizer, ids: list[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -56,16 +71,17 @@ def _sample(model, tokenizer: Tokenizer, ids: list[int]) -> tuple[np.ndarray, np
     has_masks = tokenizer.mask_id in ids
     gen_length = _GEN_LENGTH.value if _GEN_LENGTH.value is not None else (0 if has_masks else 32)
     if gen_length == 0:
-        if _CFG_SCALE.value or _REMASKING.value != "low_confidence" or _BLOCK_LENGTH.value:
+        if _CFG_SCALE.value or _REMASKING.value != "low_confidence" or _BLOCK_LENGTH.value is not None:
             raise InputError("infilling alone takes no --cfg_scale, --remasking or --block_length; give --gen_length")
-        steps = _STEPS.value or ids.count(tokenizer.mask_id)
+        steps = ids.count(tokenizer.mask_id) if _STEPS.value is None else _STEPS.value
         sampled = reverse.infill(
             model, np.asarray([[*ids, tokenizer.eos_id]]), steps=steps, temperature=_TEMPERATURE.value, key=key
         )
         return np.asarray(sampled.tokens)[0], sampled.trajectory(steps, tokenizer.mask_id)[:, 0]
-    steps = _STEPS.value or gen_length + ids.count(tokenizer.mask_id)
+    steps = gen_length + ids.count(tokenizer.mask_id) if _STEPS.value is None else _STEPS.value
+    block_length = gen_length if _BLOCK_LENGTH.value is None else _BLOCK_LENGTH.value
     tokens, trajectory = reverse.generate(
-        model, np.asarray([ids]), gen_length=gen_length, steps=steps, block_length=_BLOCK_LENGTH.value or gen_length,
+        model, np.asarray([ids]), gen_length=gen_length, steps=steps, block_length=block_length,
         temperature=_TEMPERATURE.value, cfg_scale=_CFG_SCALE.value, remasking=_REMASKING.value, key=key,
         return_trajectory=True,
     )  # fmt: skip
@@ -81,4 +97,5 @@ def _print(tokenizer: Tokenizer, ids: list[int], is_chat: bool, row: np.ndarray,
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    processes.define_flags()
+    cli.run(processes.joined(main))

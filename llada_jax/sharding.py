@@ -9,9 +9,11 @@ The mesh is Explicit: shardings are part of array types, so each spec stands nex
 a mesh (`jax.set_mesh` not called) everything runs on one device and the specs say nothing.
 """
 
+import functools
 import math
 
 import jax
+import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -27,9 +29,9 @@ HIDDEN = P(BATCH, "context", None)  # [B, L, D]
 def make_mesh(sizes: dict[str, int], devices: list | None = None) -> Mesh:
     """A mesh over all devices (or the given ones). One axis may be -1: it takes the devices that are left.
 
-    Devices of several TPU slices are told by their `slice_index`: the `data` axis runs across the slices, the others
-    stay inside one. Raises InputError when the product of the sizes is not the number of devices, or when `data` is not
-    a multiple of the number of slices.
+    Devices of several TPU slices, or GPU hosts, are told by their `slice_index`: `data` runs across them as far as it
+    goes, then `fsdp`; the others stay inside one. Raises InputError when the product of the sizes is not the number of
+    devices, or data x fsdp not a multiple of the slices.
     """
     devices = jax.devices() if devices is None else devices
     shape = [sizes[axis] for axis in AXES]
@@ -44,15 +46,31 @@ def make_mesh(sizes: dict[str, int], devices: list | None = None) -> Mesh:
             "or set one axis to -1"
         )
     slices = len({getattr(device, "slice_index", 0) for device in devices})  # lone slices may lack the attribute
-    if shape[0] % slices:
-        raise InputError(f"config.mesh.data is {shape[0]}; over {slices} slices it must be a multiple of {slices}")
-    inside = (shape[0] // slices, *shape[1:])
+    across = _across_slices(shape, slices)
+    inside = [size // count for size, count in zip(shape, across, strict=True)]
     # A logical axis may take part of a physical one, such as fsdp=8 context=2 on a 4x4 slice.
     if slices > 1:
-        grid = mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1, 1), devices, allow_split_physical_axes=True)
+        grid = mesh_utils.create_hybrid_device_mesh(inside, across, devices, allow_split_physical_axes=True)
     else:
         grid = mesh_utils.create_device_mesh(inside, devices, allow_split_physical_axes=True)
     return Mesh(grid, AXES, axis_types=(AxisType.Explicit,) * 4)
+
+
+def _across_slices(shape: list[int], slices: int) -> list[int]:
+    """How the axes run over slices, or over GPU hosts, between which the network is slow: data first, then fsdp."""
+    data = math.gcd(shape[0], slices)
+    if shape[1] % (slices // data):
+        raise InputError(
+            f"config.mesh {_show(shape)}: the devices are in {slices} slices or hosts; data x fsdp must be a "
+            "multiple of that"
+        )
+    return [data, slices // data, 1, 1]
+
+
+def require_mesh(mesh) -> None:
+    """Raises InputError for a mesh that `make_mesh` would not make."""
+    if not isinstance(mesh, Mesh) or mesh.axis_names != AXES or set(mesh.axis_types) != {AxisType.Explicit}:
+        raise InputError(f"mesh must have the explicit axes {', '.join(AXES)}; make it with sharding.make_mesh")
 
 
 def _show(shape: list[int]) -> str:
@@ -90,9 +108,32 @@ def use(param, dtype) -> jax.Array:
     return reshard(w, *(None if axis == "fsdp" else axis for axis in jax.typeof(w).sharding.spec))
 
 
-def place_rows(x_host, mesh: Mesh) -> jax.Array:
-    """This process's rows [B/hosts, ...] as its part of one global array [B, ...], split over the batch axes."""
-    return jax.make_array_from_process_local_data(rows_sharding(mesh, x_host.ndim), x_host)
+@functools.lru_cache
+def rows_of_process(mesh: Mesh, batch_size: int) -> np.ndarray:
+    """Which rows of a global batch the devices of this process hold, ascending int [B].
+
+    They need not be neighbours, as a mesh follows the wiring of the chips, and processes between which `tensor` or
+    `context` is split hold the same ones.
+    """
+    parts = NamedSharding(mesh, P(BATCH)).addressable_devices_indices_map((batch_size,)).values()
+    return np.unique([row for index in parts if index for row in range(*index[0].indices(batch_size))])
+
+
+def place_rows(x_host: np.ndarray, mesh: Mesh, batch_size: int | None = None) -> jax.Array:
+    """A global array [batch_size, ...] of which `x_host` holds the rows of this process; None: it holds all of them."""
+    rows = np.arange(len(x_host)) if batch_size is None else rows_of_process(mesh, batch_size)
+    size = batch_size or len(x_host)
+
+    def part(index) -> np.ndarray:
+        start, stop, _ = index[0].indices(size)
+        at = np.searchsorted(rows, start)
+        return x_host[at : at + stop - start, *index[1:]]
+
+    sharding = rows_sharding(mesh, x_host.ndim)
+    shape = (size, *x_host.shape[1:])
+    parts = sharding.addressable_devices_indices_map(shape)
+    placed = jax.device_put([part(index) for index in parts.values()], list(parts))  # asked for, says transfer_guard
+    return jax.make_array_from_single_device_arrays(shape, sharding, placed)
 
 
 def rows_sharding(mesh: Mesh, ndim: int) -> NamedSharding:

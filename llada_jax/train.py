@@ -3,8 +3,10 @@
 python -m llada_jax.train --config=configs/pretrain_tiny.py --workdir=DIR [--config.data.files='books/*.txt']
 """
 
+import collections
 import contextlib
 import dataclasses
+import itertools
 import shutil
 import time
 from collections.abc import Iterator
@@ -16,7 +18,7 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-from llada_jax import checkpoint, cli, compiler_options, losses, optimizer, sharding, train_step
+from llada_jax import checkpoint, cli, compiler_options, losses, optimizer, processes, sharding, train_step
 from llada_jax.attention import kernel_for
 from llada_jax.config import InputError, ModelConfig, RunConfig, model_config
 from llada_jax.data import pipeline, prepare, sources
@@ -32,41 +34,45 @@ def train(config: RunConfig, workdir: str | Path, *, title: str = "train") -> di
 
     Raises InputError for whatever a user can get wrong, before anything is written where that is possible.
     """
+    if "://" in str(workdir):
+        raise InputError(f"--workdir={workdir}: mount the bucket, with gcsfuse say, and give the mounted directory")
     workdir = Path(workdir)
     config = config.copy_and_resolve_references()
-    check(config, jax.device_count())
-    mesh = sharding.make_mesh(dict(config.mesh))
-    optax_optimizer, step_fn, options, refused = training_step(config, mesh)
-    if workdir.exists() and not workdir.is_dir():
-        raise InputError(f"{workdir}: is a file; --workdir names a directory")
     total, rows_per_step = config.train.steps, config.train.batch_size
-    with _nothing_left_behind(workdir):
+    with _nothing_left_behind(workdir), processes.together():
+        processes.agree("config or --workdir", [config.to_dict(), str(workdir)])
+        check(config, jax.device_count())
+        mesh = sharding.make_mesh(dict(config.mesh))
+        optax_optimizer, step_fn, options, refused = training_step(config, mesh)
+        if workdir.exists() and not workdir.is_dir():
+            raise InputError(f"{workdir}: is a file; --workdir names a directory")
         tokenizer, rows, validation = open_data(config, workdir)
         model = fit_to_tokenizer(config, tokenizer)
-        checkpoint.claim_workdir(workdir, config)
-        tokenizer.save(workdir / "tokenizer")
-        if config.train.init_from:
-            hf.copy_companions(config.train.init_from, workdir / "tokenizer")
+        processes.once(lambda: _claim(workdir, config, tokenizer))
+        _require_shared(workdir / "config.json")
 
     with jax.set_mesh(mesh):
         saver = checkpoint.Checkpointer(workdir, config)
-        state = _start(config, model, optax_optimizer, saver, mesh)
+        state = _start(config, model, optax_optimizer, saver, mesh, options)
         first = int(state.step)
         schedule = optimizer.make_schedule(config.optimizer.schedule, **_phases(config))
-        reporter = Reporter(
-            workdir, model, rows=rows_per_step, length=config.data.row_length,
-            tokens_per_byte=_tokens_per_byte(rows), schedule=schedule,
-            total_steps=total, first_step=first, log_every=config.train.log_every, title=title,
-        )  # fmt: skip
+        with processes.together():
+            reporter = Reporter(
+                workdir, model, rows=rows_per_step, length=config.data.row_length,
+                tokens_per_byte=_tokens_per_byte(rows), schedule=schedule,
+                total_steps=total, first_step=first, log_every=config.train.log_every, title=title,
+            )  # fmt: skip
         reporter.say(_opening(model, mesh, workdir, first, total, title))
         for line in refused:
             reporter.say(line)
         objective = losses.objective_named(config.objective.name)
         eval_fn = train_step.make_eval_step(objective, config.objective, compiler_options=options)
+        key = jax.random.fold_in(jax.random.key(config.train.seed), 1)
         evaluate = lambda model: _evaluate(eval_fn, model, config, validation, tokenizer, mesh)
         batches = _batches(config, rows, tokenizer, first, mesh)
         try:
-            return _loop(config, state, step_fn, batches, evaluate if validation else None, tokenizer, saver, reporter)
+            evaluate = evaluate if validation else None
+            return _loop(config, state, step_fn, key, batches, evaluate, tokenizer, saver, reporter, first)
         finally:
             saver.close()
             reporter.close()
@@ -90,9 +96,9 @@ def _phases(config: RunConfig) -> dict[str, int]:
     return dict(total_steps=config.train.steps, tokens_per_step=config.train.batch_size * config.data.row_length)
 
 
-def _start(config: RunConfig, model: ModelConfig, optax_optimizer, saver, mesh) -> train_step.TrainState:
+def _start(config: RunConfig, model: ModelConfig, optax_optimizer, saver, mesh, options) -> train_step.TrainState:
     """The state of the newest checkpoint; else a fresh one, with the weights of `init_from` if that is set."""
-    init = jax.jit(train_step.init_state, static_argnums=(0, 1))
+    init = jax.jit(train_step.init_state, static_argnums=(0, 1), compiler_options=options)
     state = init(model, optax_optimizer, jax.random.key(config.train.seed))
     if saver.latest is not None:
         return saver.restore(state)
@@ -102,14 +108,13 @@ def _start(config: RunConfig, model: ModelConfig, optax_optimizer, saver, mesh) 
     return state
 
 
-def _loop(config, state, step_fn, batches, evaluate, tokenizer, saver, reporter) -> dict[str, float]:
+def _loop(config, state, step_fn, key, batches, evaluate, tokenizer, saver, reporter, first) -> dict[str, float]:
     """Steps until the batches end; returns the scalars of the last validation.
 
     Metrics are fetched one step late, so that the device never waits for the host.
     """
-    key = jax.random.fold_in(jax.random.key(config.train.seed), 1)
     total, last, pending = config.train.steps, {}, None
-    for step, batch, waited in _timed(batches, int(state.step)):
+    for step, batch, waited in _timed(batches, first):
         state, metrics = step_fn(state, batch, key)
         if pending is not None:
             reporter.step(*pending)
@@ -128,9 +133,31 @@ def _loop(config, state, step_fn, batches, evaluate, tokenizer, saver, reporter)
     return last
 
 
+def _claim(workdir: Path, config: RunConfig, tokenizer: Tokenizer) -> None:
+    checkpoint.claim_workdir(workdir, config)
+    tokenizer.save(workdir / "tokenizer")
+    if config.train.init_from:
+        hf.copy_companions(config.train.init_from, workdir / "tokenizer")
+
+
+def _require_shared(path: Path) -> None:
+    """Raises InputError where this process does not see what the first one wrote; NFS may take some seconds."""
+    for _ in range(10):
+        if path.exists():
+            return
+        time.sleep(1)
+    raise InputError(
+        f"process {jax.process_index()} does not see {path}, which process 0 wrote; --workdir must be on a file "
+        "system that all hosts share"
+    )
+
+
 @contextlib.contextmanager
 def _nothing_left_behind(workdir: Path) -> Iterator[None]:
     """If a run can't begin, removes what was made for it: in the workdir, and the workdir if it was not there."""
+    if not processes.is_first():
+        yield
+        return
     made = [path for path in (workdir / "data", workdir / "tokenizer") if not path.exists()]
     is_new = not workdir.exists()
     try:
@@ -158,12 +185,8 @@ def open_data(config: RunConfig, workdir: Path):
     data = config.data
     path = Path(data.path) if data.path else workdir / "data"
     if not data.path:
-        tokenizer = _tokenizer(config, workdir)
-        prepare.prepare_dataset(
-            path, kind=data.kind, files=data.files, tokenizer=tokenizer, row_length=data.row_length,
-            packing=data.packing, documents=data.documents, overlong=data.overlong,
-            validation_fraction=data.validation_fraction,
-        )  # fmt: skip
+        processes.once(lambda: _prepare(config, workdir, path))
+        _require_shared(path)
     weighted = [(path, 1.0), *((Path(other), float(weight)) for other, weight in data.mixture)]
     opened = [pipeline.open_dataset(other) for other, _ in weighted]
     tokenizer = load_tokenizer(opened[0].tokenizer_path)
@@ -180,6 +203,15 @@ def open_data(config: RunConfig, workdir: Path):
     if len(opened[0]) == 0:
         raise InputError(f"{path}: holds no rows; give more text")
     return tokenizer, order, validation
+
+
+def _prepare(config: RunConfig, workdir: Path, path: Path) -> None:
+    data = config.data
+    prepare.prepare_dataset(
+        path, kind=data.kind, files=data.files, tokenizer=_tokenizer(config, workdir), row_length=data.row_length,
+        packing=data.packing, documents=data.documents, overlong=data.overlong,
+        validation_fraction=data.validation_fraction,
+    )  # fmt: skip
 
 
 def _tokenizer(config: RunConfig, workdir: Path) -> Tokenizer:
@@ -265,16 +297,24 @@ def check(config: RunConfig, devices: int) -> None:
 
 
 def _batches(config, order, tokenizer, first, mesh) -> Iterator[losses.Batch]:
-    text = config.data.kind == "text"
+    """The batches from step `first` on, placed on the devices two steps before they are asked for."""
+    text, size = config.data.kind == "text", config.train.batch_size
     rows = pipeline.batches(
-        order, batch_size=config.train.batch_size, kind=config.data.kind, start_step=first,
+        order, batch_size=size, kind=config.data.kind, start_step=first,
         num_steps=config.train.steps, seed=config.train.seed, eos_id=tokenizer.eos_id,
-        process_index=jax.process_index(), process_count=jax.process_count(), threads=config.data.threads,
+        only=sharding.rows_of_process(mesh, size), threads=config.data.threads,
         random_length_fraction=config.data.random_length_fraction if text else 0.0,
         split_fraction=config.data.split_fraction if text else 0.0,
     )  # fmt: skip
-    for batch in rows:
-        yield losses.Batch(**{name: sharding.place_rows(x, mesh) for name, x in batch.items()})
+    placed = (_placed(batch, mesh, size) for batch in rows)
+    ahead = collections.deque(itertools.islice(placed, 2))
+    while ahead:
+        ahead.extend(itertools.islice(placed, 1))
+        yield ahead.popleft()
+
+
+def _placed(batch: dict[str, np.ndarray], mesh, batch_size: int) -> losses.Batch:
+    return losses.Batch(**{name: sharding.place_rows(x, mesh, batch_size) for name, x in batch.items()})
 
 
 def _timed(batches: Iterator[losses.Batch], first: int) -> Iterator[tuple[int, losses.Batch, float]]:
@@ -294,12 +334,11 @@ def _evaluate(eval_fn, model, config, validation, tokenizer, mesh) -> dict[str, 
     batches = pipeline.batches(
         order, batch_size=size, kind=config.data.kind, start_step=0, seed=0, eos_id=tokenizer.eos_id,
         num_steps=max(1, min(config.train.eval_rows, len(validation)) // size),
-        process_index=jax.process_index(), process_count=jax.process_count(),
+        only=sharding.rows_of_process(mesh, size),
     )  # fmt: skip
     total = None
     for i, batch in enumerate(batches):
-        placed = losses.Batch(**{name: sharding.place_rows(x, mesh) for name, x in batch.items()})
-        metrics = eval_fn(model, placed, jax.random.fold_in(jax.random.key(0), i))
+        metrics = eval_fn(model, _placed(batch, mesh, size), jax.random.fold_in(jax.random.key(0), i))
         total = metrics if total is None else jax.tree.map(jnp.add, total, metrics)
     assert total is not None
     return jax.device_get(total)
@@ -322,6 +361,7 @@ def main(_argv: list[str]) -> None:
 
 
 if __name__ == "__main__":  # flags are defined here, so that other programs may import train()
+    processes.define_flags()
     config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
     flags.DEFINE_string("workdir", None, "Where checkpoints, logs and the resolved config go.")
-    cli.run(main)
+    cli.run(processes.joined(main))

@@ -36,8 +36,18 @@ def rng():
 
 
 @pytest.fixture
-def tiny_run():
+def tiny_run(make_tiny_run):
     """A run config that trains in seconds on couplets."""
+    return make_tiny_run()
+
+
+@pytest.fixture(scope="session")
+def make_tiny_run():
+    """Makes such configs, for fixtures that outlive a test."""
+    return _tiny_run
+
+
+def _tiny_run():
     config = run_config("tiny")
     config.model.update(dict(d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, mlp_hidden_size=48))
     config.model.vocab_size = config.model.embedding_size = 0

@@ -201,9 +201,9 @@ def test_more_steps_than_masks_change_nothing(rng):
     "arguments, message",
     [
         (dict(prompt=[5, 6]), r"the prompt has shape \(2,\)"),
-        (dict(prompt=[[5, 512]]), "token 512 is outside the 512 rows"),
-        (dict(prompt=[[5, -1]]), "token -1 is outside"),
-        (dict(prompt=[[5]], mask_id=600), "token 600 is outside"),
+        (dict(prompt=[[5, 512]]), "the prompt holds 512, outside the 512 rows"),
+        (dict(prompt=[[5, -1]]), "the prompt holds -1, outside"),
+        (dict(prompt=[[5]], mask_id=600), "mask_id 600, outside"),
         (dict(prompt=[[5, 6]], attention_mask=[[1]]), r"attention_mask has shape \(1, 1\), the prompt \(1, 2\)"),
         (dict(prompt=[[5]], cfg_scale=-0.5), "cfg_scale -0.5 is negative"),
     ],

@@ -290,11 +290,27 @@ def test_conversion_there_and_back_is_exact(tmp_path, name):
     assert "those of the source" in said and "PyTorch computes the same from the source, within" in said
     assert names_of(run) == ["checkpoints", "config.json", "tokenizer"]
     model = hf.load(run)
-    assert model.wte.dtype == jnp.float32 and model.config == hf.load(source).config
-    assert hf.load(run, "bfloat16").config.dtype == "bfloat16"
+    assert model.wte.dtype == hf.load(source).wte.dtype and model.config == hf.load(source).config
+    for dtype in ("float32", "bfloat16"):
+        assert hf.load(run, dtype).wte.dtype == hf.load(run, dtype).config.dtype == dtype
     said = convert_checkpoint.convert(run, back, "hf", None, "5GB", verify=True)
     assert "those of the source" in said and "PyTorch computes the same from the target, within" in said
     same_files(source, back)
+
+
+def test_a_workdir_is_read_by_the_parameter_the_large_ones_first(tmp_path, monkeypatch):
+    hf.save_workdir(hf.load(BF16), tmp_path / "run")
+    read, load_some = [], checkpoint.ocp.training.Checkpointer.load_checkpointables
+
+    def spy(orbax, step, like):
+        read.append([(x.size, x.dtype) for x in like["model"].values()])
+        return load_some(orbax, step, like)
+
+    monkeypatch.setattr(checkpoint.ocp.training.Checkpointer, "load_checkpointables", spy)
+    model = hf.load(tmp_path / "run")
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), model, hf.load(BF16)))
+    assert [len(some) for some in read] == [1] * len(jax.tree.leaves(model))
+    assert read == sorted(read, key=lambda some: -some[0][0]) and {some[0][1].name for some in read} == {"bfloat16"}
 
 
 def test_conversion_tells_of_rounding_and_of_mistakes(tmp_path):

@@ -1,9 +1,12 @@
 """Published checkpoints that are broken or of another model, and places that cannot be written: one clear line."""
 
+import contextlib
 import dataclasses
 import json
 import shutil
 import struct
+import threading
+import time
 
 import jax
 import numpy as np
@@ -242,9 +245,82 @@ def test_nothing_is_overwritten_and_nothing_is_left_behind(tmp_path, monkeypatch
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(safetensors_io.os, "fsync", fails)
-    with pytest.raises(InputError, match="no space left"):
-        hf.save_hf(model, tmp_path / "new")
+    for place in (tmp_path / "new", tmp_path / "new" / "and" / "deep"):
+        with pytest.raises(InputError, match=f"{place.name}: no space left"):
+            hf.save_hf(model, place)
+    with pytest.raises(InputError, match="cannot be written .File name too long"):
+        hf.save_hf(model, tmp_path / ("x" * 300))
     assert names_of(tmp_path) == ["empty", "full"]
+
+
+def test_what_orbax_writes_after_it_has_failed_goes_too(tmp_path, monkeypatch):
+    place = tmp_path / "new" / "run"
+
+    def fails(orbax, *_):
+        def write_on():
+            for _ in range(5):
+                time.sleep(0.1)
+                with contextlib.suppress(OSError):  # it is being removed
+                    (orbax.directory / "0" / "late").mkdir(parents=True, exist_ok=True)
+
+        threading.Thread(target=write_on).start()
+        raise ValueError("RESOURCE_EXHAUSTED: Failed to write 8 bytes: No space left on device")
+
+    monkeypatch.setattr(hf.ocp.training.Checkpointer, "save_checkpointables", fails)
+    with pytest.raises(InputError, match="run: no space left on device; free some"):
+        hf.save_workdir(load("ckpt_a_mha"), place)
+    assert names_of(tmp_path) == []
+
+
+def test_a_target_that_appears_meanwhile_is_kept(tmp_path):
+    with pytest.raises(InputError, match="out: was made by something else"), hf.new_directory(tmp_path / "out") as made:
+        (made / "ours").touch()
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "theirs").touch()
+    assert names_of(tmp_path) == ["out"] and names_of(tmp_path / "out") == ["theirs"]
+
+
+def edit_config(**changes):
+    def damage(d):
+        config = json.loads((d / "config.json").read_text())
+        config["model"] |= changes
+        (d / "config.json").write_text(json.dumps(config))
+
+    return damage
+
+
+Q_PROJ = "checkpoints/0/model/blocks.q_proj"
+BROKEN_WORKDIRS = {
+    "a parameter cut": (lambda d: cut(next(p for p in (d / Q_PROJ).rglob("0") if p.is_file()), 9), "0: damaged"),
+    "no metadata": (lambda d: (d / "checkpoints/0/model/_METADATA").unlink(), "0: holds no model"),
+    "no model": (lambda d: shutil.rmtree(d / "checkpoints/0/model"), "0: holds no model"),
+    "no step": (lambda d: shutil.rmtree(d / "checkpoints/0"), "no complete checkpoint"),
+    "no checkpoints": (lambda d: shutil.rmtree(d / "checkpoints"), "no checkpoints/ in it"),
+    "another shape": (edit_config(mlp_hidden_size=128), r"makes blocks.ff_out \(3, 64, 128\), .* \(3, 64, 160\)"),
+    "a head": (edit_config(weight_tying=False), "makes ff_out .* holds none"),
+    "a field of text": (edit_config(d_model="x"), "d_model is 'x', must be of type int"),
+    "a field unknown": (edit_config(depth=3), "unknown field depth"),
+    "no group": (lambda d: (d / "config.json").write_text('{"model": 3}'), "config.model is 3"),
+}
+
+
+@pytest.mark.parametrize("defect", BROKEN_WORKDIRS)
+def test_a_broken_workdir_is_named(tmp_path, tiny, defect):
+    model = load("ckpt_a_mha")
+    if defect == "a head":
+        model = Transformer(dataclasses.replace(tiny, weight_tying=True), jax.random.key(0))
+    hf.save_workdir(model, tmp_path / "run")
+    damage, words = BROKEN_WORKDIRS[defect]
+    damage(tmp_path / "run")
+    with pytest.raises(InputError, match=words) as error:
+        hf.load(tmp_path / "run")
+    assert "\n" not in str(error.value)
+
+
+def test_a_mesh_of_other_axes_is_refused():
+    for mesh in (jax.make_mesh((8,), ("x",)), "fsdp=8"):
+        with pytest.raises(InputError, match="mesh must have the explicit axes data, fsdp, tensor, context"):
+            hf.load(A, mesh=mesh)
 
 
 def test_a_causal_model_has_no_published_format(tmp_path, tiny):

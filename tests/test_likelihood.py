@@ -129,10 +129,16 @@ def test_the_objective_of_training_integrates_to_the_bound(model):
     masked = masked[1:]  # the first masks nothing
     A, n = len(ANSWER), masked.sum(1)
     ratio = n * np.asarray([math.comb(A, k) for k in n])
+    most, ratio = ratio.max(), ratio / ratio.max()  # a mask ratio is at most 1
     tokens = np.tile(np.concatenate([PROMPT, ANSWER]), (len(masked), 1))
     with_prompt = np.concatenate([np.zeros((len(masked), len(PROMPT)), bool), masked], axis=1)
-    sft = llada_jax.sft_loss(model, tokens, with_prompt, ratio, np.full(len(masked), len(PROMPT))) * len(masked) * A
-    pretrain = llada_jax.pretrain_loss(model, tokens, with_prompt, ratio) * tokens.size
+    sft = (
+        llada_jax.sft_loss(model, tokens, with_prompt, ratio, np.full(len(masked), len(PROMPT)))
+        * len(masked)
+        * A
+        / most
+    )
+    pretrain = llada_jax.pretrain_loss(model, tokens, with_prompt, ratio) * tokens.size / most
     bound, log_p = likelihood.any_order_log_likelihood(model, PROMPT, ANSWER)
     assert float(sft) == pytest.approx(-bound, rel=1e-5) and float(pretrain) == pytest.approx(-bound, rel=1e-5)
     assert -bound > -log_p
@@ -250,7 +256,12 @@ def test_logits_exist_for_some_masked_tokens_at_a_time_only(tiny):
         (dict(prompt=[5] * 60), r"prompt \(60\) and answer \(5\) exceed the model's context of 64 tokens"),
         (dict(mc_num=8), "mc_num 8 and batch_size 16: need 1 <= batch_size <= mc_num"),
         (dict(batch_size=0), "batch_size 0"),
+        (dict(mc_num=0), "mc_num 0"),
+        (dict(mc_num="8"), "mc_num '8' is not a whole number"),
+        (dict(batch_size=2.5), "batch_size 2.5 is not a whole number"),
         (dict(cfg_scale=-1.0), "cfg_scale -1.0 is negative"),
+        (dict(cfg_scale=float("inf")), "cfg_scale inf is not a finite number"),
+        (dict(key=0), "key must be one key"),
     ],
 )
 def test_impossible_requests_are_named(model, arguments, message):
@@ -266,6 +277,10 @@ def test_impossible_requests_are_named(model, arguments, message):
         (np.ones((2, 5), bool), np.ones(3), r"mask_ratio has shape \(3,\)"),
         (np.ones((2, 8), bool), np.ones(2), "masked covers tokens of the prompt"),
         (np.ones((2, 5), bool), np.zeros(2), "mask_ratio must be positive"),
+        (np.ones((2, 5), bool), np.full(2, 1.5), "mask_ratio must be positive, and at most 1"),
+        (np.ones((2, 5), bool), "x", "mask_ratio holds <U1"),
+        (np.full((2, 5), 7), np.ones(2), "masked may hold 0 and 1 only"),
+        ([[1], [1, 0]], np.ones(2), "masked is no array"),
     ],
 )
 def test_impossible_masks_are_named(model, masked, ratio, message):

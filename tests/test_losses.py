@@ -114,3 +114,41 @@ def test_documents_do_not_see_each_other_only_in_documents_mode(model, rng):
 def test_unknown_names_are_refused():
     with pytest.raises(InputError, match="config.objective.name 'mlm'"):
         losses.objective_named("mlm")
+
+
+TOKENS, HALF = np.full((2, 6), 9), np.full(2, 0.5)
+MASKED = TOKENS > 0
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(tokens=TOKENS + 60), "the batch holds 69, outside the 64 rows"),
+        (dict(tokens=TOKENS + 0.5), "tokens holds float64; it must be whole numbers"),
+        (dict(tokens=[[1], [2, 3]]), "tokens is no array"),
+        (dict(masked=MASKED[:, :3]), r"masked \(2, 3\)"),
+        (dict(masked=TOKENS), "masked may hold 0 and 1 only"),
+        (dict(masked=None), "masked holds object"),
+        (dict(mask_ratio=0 * HALF), "mask_ratio must be positive, and at most 1, where something is masked"),
+        (dict(mask_ratio=3 * HALF), "at most 1"),
+        (dict(mask_ratio=np.nan * HALF), "mask_ratio must be positive"),
+        (dict(mask_ratio=np.ones(3)), r"mask_ratio has shape \(3,\)"),
+        (dict(prompt_lengths=[1, 7]), "prompt_lengths must be from 0 to 6"),
+        (dict(prompt_lengths=[-1, 2]), "prompt_lengths must be from 0 to 6"),
+        (dict(prompt_lengths=[0.5, 2]), "prompt_lengths holds float64"),
+        (dict(prompt_lengths=[1]), r"prompt_lengths has shape \(1,\)"),
+    ],
+)
+def test_impossible_noise_is_named(model, changes, message):
+    noise = dict(tokens=TOKENS, masked=MASKED, mask_ratio=HALF) | changes
+    with pytest.raises(InputError, match=message):
+        losses.sft_loss(model, **(dict(prompt_lengths=[1, 2]) | noise))
+    if "prompt_lengths" not in changes:
+        with pytest.raises(InputError, match=message):
+            losses.pretrain_loss(model, **noise)
+
+
+def test_noise_may_be_traced_and_ratios_without_masks_anything(model):
+    loss = jax.jit(losses.sft_loss)(model, TOKENS, MASKED, HALF, np.array([1, 2]))
+    np.testing.assert_allclose(loss, losses.sft_loss(model, TOKENS, MASKED, HALF, [1, 2]), rtol=1e-6)
+    assert losses.pretrain_loss(model, TOKENS, ~MASKED, 0 * HALF) == 0

@@ -14,7 +14,10 @@ TOKENS = 1280 * 4096
 
 
 def rate(phases, step, total=438_690):
-    return float(optimizer.make_schedule(phases, total_steps=total, tokens_per_step=TOKENS)(step))
+    schedule = optimizer.make_schedule(phases, total_steps=total, tokens_per_step=TOKENS)
+    on_host, on_device = float(schedule(step)), float(schedule(jnp.int32(step)))
+    assert on_host == pytest.approx(on_device, rel=1e-6)
+    return on_device
 
 
 @pytest.mark.parametrize(

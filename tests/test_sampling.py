@@ -1,5 +1,7 @@
 """The reverse process against a plain Python loop, and the laws of its parts."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -164,7 +166,7 @@ def test_windows_before_the_block_see_what_one_wide_window_sees(model, rng):
     for options in (dict(temperature=0.7), dict(remasking="random")):
         narrow = reverse.sample(model, prompt, gen_length=4, steps=3, block_length=4, **options)
         canvas = jnp.asarray(np.concatenate([prompt, np.full((2, 4), MASK)], 1), jnp.int32)
-        whole = dict(temperature=0.0, remasking="low_confidence") | options
+        whole: Any = dict(temperature=0.0, remasking="low_confidence") | options
         ids = model.config.eos_token_id, model.config.eot_token_id
         wide = reverse.Options(0, 34, 3, whole["temperature"], 0.0, whole["remasking"], False, False, MASK, *ids)
         wide = reverse.reverse(model, canvas, None, jax.random.key(0), wide)
@@ -179,15 +181,43 @@ def test_windows_before_the_block_see_what_one_wide_window_sees(model, rng):
         (dict(gen_length=8, block_length=4, steps=5), "steps 5 is not a multiple of the number of blocks, 2"),
         (dict(gen_length=64), "exceed the model's context of 64 tokens"),
         (dict(temperature=-1.0), "temperature -1.0 is negative"),
+        (dict(temperature=float("nan")), "temperature nan is not a finite number"),
+        (dict(temperature="hot"), "temperature 'hot' is not a finite number"),
+        (dict(cfg_scale=None), "cfg_scale None is not a finite number"),
         (dict(remasking="hope"), "remasking 'hope'"),
+        (dict(steps=8.0), "steps 8.0 is not a whole number"),
+        (dict(eos_id=64), "eos_id 64, outside the 64 rows"),
+        (dict(mask_id="x"), "mask_id 'x' is not a whole number"),
+        (dict(key=0), "key must be one key, such as jax.random.key.*, not int"),
+        (dict(key=np.ones(2)), "not ndarray of shape"),
+        (dict(key=jax.random.split(jax.random.key(0))), r"not PRNGKeyArray of shape \(2,\)"),
+        (dict(attention_mask=np.eye(2, 6)[1:] * 0), "attention_mask hides all of row 0"),
+        (dict(attention_mask=np.full((1, 6), 2)), "attention_mask may hold 0 and 1 only"),
     ],
 )
 def test_impossible_requests_are_named(model, options, message):
     options = dict(gen_length=8, steps=8, block_length=options.get("gen_length", 8)) | options
     with pytest.raises(InputError, match=message):
         reverse.generate(model, np.full((1, 6), 9), **options)
-    with pytest.raises(InputError, match="prompt is empty"):
-        reverse.generate(model, np.zeros((1, 0)), gen_length=8, steps=8, block_length=8)
+
+
+@pytest.mark.parametrize(
+    "prompt, message",
+    [
+        (np.zeros((1, 0)), "prompt is empty"),
+        (np.full((1, 6), 9.0), "the prompt holds float64, not token ids"),
+        ([[1], [2, 3]], "prompt is no array"),
+    ],
+)
+def test_prompts_that_are_none_are_named(model, prompt, message):
+    with pytest.raises(InputError, match=message):
+        reverse.generate(model, prompt, gen_length=8, steps=8, block_length=8)
+
+
+def test_keys_of_both_kinds_are_taken(model):
+    prompt, options = np.full((1, 6), 9), dict(gen_length=4, steps=4, block_length=4, temperature=1.0)
+    old, new = (reverse.generate(model, prompt, key=key(3), **options) for key in (jax.random.PRNGKey, jax.random.key))
+    np.testing.assert_array_equal(old, new)
 
 
 def test_infilling_fills_masks_and_nothing_else(model, rng):
@@ -198,5 +228,12 @@ def test_infilling_fills_masks_and_nothing_else(model, rng):
     assert not np.any(tokens == MASK)
     np.testing.assert_array_equal(np.where(canvas == MASK, MASK, tokens), canvas)
     np.testing.assert_array_equal(np.asarray(sampled.step) >= 0, canvas == MASK)
-    with pytest.raises(InputError, match="holds no mask"):
-        reverse.infill(model, np.full((1, 4), 9))
+    for text, options, message in [
+        (np.full((1, 4), 9), {}, "holds no mask"),
+        (canvas, dict(steps=0), "steps must be positive"),
+        (canvas, dict(temperature=-1.0), "temperature -1.0 is negative"),
+        (np.full((1, 65), MASK), {}, "65 tokens exceed the model's context of 64"),
+        (canvas + 64, {}, "outside the 64 rows"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            reverse.infill(model, text, **options)

@@ -1,6 +1,7 @@
 """The whole line on real text: train, continue, fine-tune, sample; and what users get wrong."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,8 +9,11 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from absl import flags
+from absl.testing import flagsaver
+from reference import REFERENCE
 
-from llada_jax import checkpoint, sharding, train
+from llada_jax import checkpoint, sample, sharding, train
 from llada_jax.config import InputError
 from llada_jax.data import sources
 from llada_jax.data.tokenizer import load_tokenizer
@@ -66,6 +70,19 @@ def test_continuing_gives_the_same_bits_as_one_run(run, tmp_path):
     train.train(run, tmp_path / "twice")
     for a, b in zip(*(leaves(checkpoint.load_model(tmp_path / d)) for d in ("once", "twice")), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_nothing_goes_between_host_and_device_unasked_in_the_loop(run, tmp_path, monkeypatch):
+    loop = train._loop
+
+    def guarded(*arguments):
+        with jax.transfer_guard("disallow"):
+            return loop(*arguments)
+
+    monkeypatch.setattr(train, "_loop", guarded)
+    run.train.log_every, run.train.eval_every = 1, 0
+    train.train(run, tmp_path / "w")
+    assert [line["step"] for line in metrics(tmp_path / "w") if "1_loss/loss" in line] == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize(
@@ -187,6 +204,24 @@ def test_a_tokenizer_that_does_not_match_the_model_is_refused(run, tmp_path, cou
             train.train(run, tmp_path / "x")
 
 
+def test_a_published_model_is_sampled_from_as_it_is_and_converted(tmp_path, capsys):
+    source = shutil.copytree(REFERENCE / "ckpt_a_mha", tmp_path / "source")
+    shutil.copy(Path(__file__).parent / "golden" / "tokenizer" / "tokenizer.json", source)
+    hf.save_workdir(hf.load(source), tmp_path / "run", source_dir=source)
+    flags.FLAGS.mark_as_parsed()
+    for place in (source, tmp_path / "run"):
+        with flagsaver.flagsaver(checkpoint=str(place), prompt=["a"], gen_length=4):
+            sample.main([])
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == second
+    for wrong in (dict(steps=0), dict(block_length=0), dict(prompt=["[MASK*9999999999]"])):
+        with (
+            flagsaver.flagsaver(**(dict(checkpoint=str(source), prompt=["a"], gen_length=4) | wrong)),
+            pytest.raises(InputError, match="must be positive|more masks than any model"),
+        ):
+            sample.main([])
+
+
 @pytest.mark.parametrize(
     "command, message",
     [
@@ -194,9 +229,12 @@ def test_a_tokenizer_that_does_not_match_the_model_is_refused(run, tmp_path, cou
         (["llada_jax.train", "--config=configs/pretrain_tiny.py", "--config.train.stepz=3", "--workdir=w"], "stepz"),
         (["llada_jax.train", "--config=configs/pretrain_tiny.py", "--config.train.steps=many", "--workdir=w"], "many"),
         (["llada_jax.train", "--config=configs/none.py", "--workdir=w"], "configs/none.py"),
+        (["llada_jax.train", "--config=configs/pretrain_tiny.py", "--workdir=gs://b/w"], "mount the bucket"),
         (["llada_jax.train", "--speed=11"], "Unknown command line flag 'speed'"),
         (["llada_jax.sample", "--prompt=x"], "--checkpoint is needed"),
         (["llada_jax.sample", "--prompt=x", "--checkpoint=nowhere"], "nowhere: no config.json"),
+        (["llada_jax.sample", "--prompt=x", "--checkpoint=w", "--seed=-1"], "seed"),
+        (["llada_jax.sample", "--prompt=x", f"--checkpoint={REFERENCE / 'ckpt_a_mha'}"], "no such tokenizer"),
     ],
 )
 def test_the_command_line_answers_a_mistake_with_one_line_and_code_2(command, message, tmp_path):

@@ -25,7 +25,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__)))) 
 
 from llada_jax import cli
 from llada_jax.config import InputError, ModelConfig
-from llada_jax.interop import hf
+from llada_jax.interop import hf, hf_config
 from llada_jax.model import Block, Transformer, rms_norm
 
 # Largest difference between our float32 logits and PyTorch's, as a part of the largest logit. The order of sums makes
@@ -37,17 +37,16 @@ TOLERANCE = 1e-3
 def convert(source: Path, target: Path, to: str, dtype: str | None, max_shard_size: str, verify: bool) -> str:
     """Writes `target`; returns what there is to say about it. The arguments are the flags."""
     with hf.new_directory(target) as made:
+        tokens = random_tokens(hf.load_config(source))
+        before = probe(hf.load(source), tokens) if verify else None
+        dtype = dtype or (_published_dtype(source) if to == "hf" else None)
         with _bar("read", sum(file.stat().st_size for file in source.glob("*.safetensors"))) as bar:
-            model = hf.load(source, progress=bar.update)
-        tokens = random_tokens(model.config)
-        before = probe(model, tokens) if verify else None
-        dtype = dtype or (_published_dtype(model) if to == "hf" else None)
-        model = model if dtype is None else jax.tree.map(lambda x: x.astype(dtype), model)
+            model = hf.load(source, dtype, progress=bar.update)
         if to == "hf":
             with _bar("write", sum(x.nbytes for x in jax.tree.leaves(model))) as bar:
-                hf.save_hf(model, made, max_shard_size, source_dir=source, progress=bar.update)
+                hf.write_hf(model, made, max_shard_size, source, bar.update)
         else:
-            hf.save_workdir(model, made, source_dir=source)
+            hf.write_workdir(model, made, source)
         report = f"{target}: {' and '.join(sorted({x.dtype.name for x in jax.tree.leaves(model)}))} parameters"
         if code := _missing_code(made):
             report += f"; for transformers, put {' and '.join(code)} of the published model beside them"
@@ -131,8 +130,10 @@ def _missing_code(directory: Path) -> list[str]:
     return sorted(file for file in files if not (directory / file).exists())
 
 
-def _published_dtype(model: Transformer) -> str | None:
-    told = json.loads(model.config.published or "{}")
+def _published_dtype(source: Path) -> str | None:
+    """The dtype of the published model that a run began with, as its config.json tells; None where there is none."""
+    model = hf_config.parse(hf_config.read_text(source), str(source / "config.json")).get("model") or {}
+    told = json.loads(model.get("published") or "{}")
     dtype = told.get("torch_dtype", told.get("dtype"))
     return dtype if dtype in ("float32", "bfloat16") else None
 

@@ -1,6 +1,6 @@
 """Rows become batches: the rows of a step are a pure function of (seed, step), read by Grain.
 
-Shapes: G rows of the global batch, B of them on this process, L positions of a row.
+Shapes: G rows of the global batch, B of them for this process, L positions of a row.
 """
 
 import dataclasses
@@ -165,8 +165,7 @@ def batches(
     num_steps: int,
     seed: int,
     eos_id: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    only: Sequence[int] | np.ndarray | None = None,
     random_length_fraction: float = 0.0,
     split_fraction: float = 0.0,
     threads: int = 4,
@@ -174,24 +173,22 @@ def batches(
 ) -> Iterator[dict[str, np.ndarray]]:
     """Batches of steps start_step, …, num_steps - 1; row j of step s is order[s * batch_size + j].
 
-    Each is a dict of this process's contiguous rows: tokens and segment_ids int32 [B, L] (segment 0
-    is padding), maskable bool [B, L], answer_length int32 [B] (how many positions are maskable).
+    Each is a dict of the rows that `only` names (those of this process; None: all): tokens and
+    segment_ids int32 [B, L] (segment 0 is padding), maskable bool [B, L], answer_length int32 [B]
+    (how many positions are maskable). No other rows are read.
     "text": everything but padding is maskable; `random_length_fraction` and `split_fraction` apply.
     "chat": the reply is maskable, and so is the EOS that pads it to the longest dialogue of the
     *global* batch; text rows may be mixed in. `prefetch` batches are made ahead by `threads`.
     """
-    if batch_size % process_count:
-        raise InputError(f"batch_size {batch_size} is not a multiple of the {process_count} processes")
     if kind not in KINDS:
         raise InputError(f"kind is {kind!r}, must be one of {', '.join(KINDS)}")
     if kind == "chat" and (random_length_fraction or split_fraction):
         raise InputError("random_length_fraction and split_fraction are for kind 'text'; leave them 0 for 'chat'")
-    local = batch_size // process_count
     make = functools.partial(
         _make_batch,
         order=order,
         batch_size=batch_size,
-        local=slice(process_index * local, (process_index + 1) * local),
+        only=range(batch_size) if only is None else only,
         kind=kind,
         seed=seed,
         eos_id=eos_id,
@@ -207,15 +204,15 @@ def _make_batch(
     *,
     order: Order,
     batch_size: int,
-    local: slice,
+    only: Sequence[int] | np.ndarray,
     kind: str,
     seed: int,
     eos_id: int,
     fractions: tuple[float, float],
 ) -> dict[str, np.ndarray]:
     positions_G = range(step * batch_size, (step + 1) * batch_size)
-    positions_B = np.asarray(positions_G[local])
-    read = [order[g] for g in positions_G[local]]
+    positions_B = np.asarray([positions_G[row] for row in only])
+    read = [order[int(g)] for g in positions_B]
     tokens_BL = np.stack([row["tokens"] for row in read])
     segment_ids_BL = np.stack([row["segment_ids"] for row in read])
     if kind == "chat":

@@ -104,29 +104,51 @@ def decode_record(record: bytes, row_length: int) -> dict[str, Any]:
 def atomic_directory(output: Path) -> Iterator[Path]:
     """A temporary sibling of `output` that takes its place at the end and vanishes on any failure.
 
-    Raises InputError if the place cannot be written or is full.
+    So do parents that were made for it. Raises InputError if the place cannot be written or is full.
     """
+    with _sigterm_raises(), _parents(output):
+        directory = _make_sibling(output)
+        try:
+            yield directory
+            directory.rename(output)
+        except InputError:
+            raise
+        except Exception as error:  # ArrayRecord raises RuntimeError, TensorStore ValueError
+            number, full = getattr(error, "errno", None), os.strerror(errno.ENOSPC)
+            if number in (errno.ENOSPC, errno.EDQUOT) or full in str(error):
+                raise InputError(f"{output}: {full.lower()}; free some or choose another place") from error
+            if number in (errno.ENOTEMPTY, errno.EEXIST) and getattr(error, "filename2", None) is not None:
+                raise InputError(f"{output}: was made by something else in the meantime; nothing is kept") from error
+            raise
+        finally:
+            shutil.rmtree(directory, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _parents(output: Path) -> Iterator[None]:
+    """Takes the parents that were not there at first away again, unless they came to hold something."""
+    absent = [parent for parent in output.parents if not os.path.lexists(parent)]
+    try:
+        yield
+    finally:
+        for parent in absent:
+            with contextlib.suppress(OSError):
+                parent.rmdir()
+
+
+def _make_sibling(output: Path) -> Path:
+    """A directory beside `output`, named for this process; what killed processes left there is removed."""
     owner = f".{output.name}.partial-{socket.gethostname()}-"
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        for left in output.parent.glob(f"{glob.escape(owner)}*"):  # by a process that was killed
+        for left in output.parent.glob(f"{glob.escape(owner)}*"):
             if not _is_alive(left.name.removeprefix(owner)):
                 shutil.rmtree(left, ignore_errors=True)
         directory = output.parent / f"{owner}{os.getpid()}"
         directory.mkdir()
     except OSError as error:
-        raise InputError(f"{output}: cannot be written ({error.strerror}); choose another directory") from error
-    try:
-        with _sigterm_raises():
-            yield directory
-            directory.rename(output)
-    except (OSError, RuntimeError) as error:  # ArrayRecord raises RuntimeError
-        full = os.strerror(errno.ENOSPC)
-        if getattr(error, "errno", None) == errno.ENOSPC or full in str(error):
-            raise InputError(f"{output}: {full.lower()}; free some or choose another directory") from error
-        raise
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
+        raise InputError(f"{output}: cannot be written ({error.strerror}); choose another place") from error
+    return directory
 
 
 def _is_alive(pid: str) -> bool:

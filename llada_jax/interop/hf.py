@@ -1,5 +1,6 @@
 """Published checkpoints as models and back, one tensor at a time."""
 
+import collections
 import contextlib
 import dataclasses
 import itertools
@@ -7,8 +8,10 @@ import json
 import math
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +20,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from llada_jax import checkpoint
+from llada_jax import checkpoint, processes
 from llada_jax.config import InputError, ModelConfig, model_config
 from llada_jax.data.shards import atomic_directory
 from llada_jax.interop import hf_config, names
@@ -38,11 +41,11 @@ Progress = Callable[[int], object]  # is told the bytes of each tensor that is d
 def load(path: str | Path, dtype=None, mesh=None, *, progress: Progress = lambda _: None) -> Transformer:
     """The model in a directory: a published checkpoint (config.json, .safetensors) or a workdir of a run.
 
-    dtype: "float32" or "bfloat16", of parameters and of compute; None: parameters as stored, compute in bfloat16 if
-    all of them are, else in float32. mesh: an explicit mesh over which the parameters are born sharded, each process
-    reading its own part. progress: is told bytes of the files as they are read. Raises InputError for a file that is
-    broken, a tensor that is missing or too many, a shape that contradicts config.json, and every option of config.json
-    that this model cannot compute.
+    dtype: "float32" or "bfloat16", of parameters and of compute; None: parameters as stored, compute as the run did,
+    or for a published checkpoint in bfloat16 if all of them are, else in float32. mesh: an explicit mesh over which the
+    parameters are born sharded, each process reading its own part. progress: is told bytes of the published files as
+    they are read. Raises InputError for a file that is broken, a tensor that is missing or too many, a shape that
+    contradicts config.json, and every option of config.json that this model cannot compute.
     """
     directory = Path(path)
     if dtype is not None:
@@ -86,34 +89,15 @@ def save_hf(
     exists and is not empty, for an unreadable size, and for a model that no published format expresses. With several
     processes all must call it; the first writes.
     """
-    path, config = Path(path), model.config
-    leaves = dict(checkpoint.named_leaves(model))
-    text = hf_config.write_config(config, _float_name(leaves["wte"].dtype))
-    tensors = {t.name: t for t in names.tensors(config)}
-    file_dtype = {dtype: name for name, dtype in files.DTYPES.items()}
-    layout = [(t.name, file_dtype[leaves[t.parameter].dtype], t.shape) for t in tensors.values()]
-    shards = _shards(layout, _size(max_shard_size))
-
-    def contents(shard) -> Iterator[np.ndarray]:
-        for name, _, _ in shard:
-            array = _whole(leaves[tensors[name].parameter], tensors[name].layer)
-            yield array
-            progress(array.nbytes)
-
-    if jax.process_index() != 0:
-        for _ in itertools.chain.from_iterable(map(contents, shards.values())):
-            pass
-    else:
-        with new_directory(path) as temporary:
-            if source_dir is not None:
-                copy_companions(source_dir, temporary)
-            for file, shard in shards.items():
-                files.write_file(temporary / file, shard, contents(shard))
-            if len(shards) > 1:
-                (temporary / files.INDEX).write_text(_index(shards))
-            (temporary / "config.json").write_bytes(text.encode())
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("save_hf")
+    plan = _plan(model, max_shard_size)
+    with processes.together():
+        try:
+            if processes.is_first():
+                with new_directory(Path(path)) as temporary:
+                    _write(temporary, plan, source_dir, progress)
+        finally:
+            if jax.process_count() > 1:  # all take part in gathering, also after the first could not write
+                collections.deque(plan.arrays, maxlen=0)
 
 
 def save_workdir(model: Transformer, path: str | Path, *, source_dir: str | Path | None = None) -> None:
@@ -121,13 +105,80 @@ def save_workdir(model: Transformer, path: str | Path, *, source_dir: str | Path
 
     A run starts from it with config.train.init_from. source_dir, and what is raised, as for `save_hf`.
     """
+    if jax.process_count() > 1:
+        raise InputError("a workdir is written by one process; convert the checkpoint on one host")
     with new_directory(Path(path)) as temporary:
-        if source_dir is not None:
-            copy_companions(source_dir, temporary / "tokenizer")
-        with ocp.training.Checkpointer(epath.Path(temporary).resolve() / "checkpoints") as orbax:
-            orbax.save_checkpointables(0, {"model": dict(checkpoint.named_leaves(model))})
-        config = {"model": dataclasses.asdict(model.config)}
-        (temporary / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True, ensure_ascii=False))
+        write_workdir(model, temporary, source_dir)
+
+
+def write_hf(
+    model: Transformer, directory: Path, max_shard_size: str | int, source_dir: str | Path | None, progress: Progress
+) -> None:
+    """`save_hf` into a directory that is there, by one process."""
+    _write(directory, _plan(model, max_shard_size), source_dir, progress)
+
+
+class _Plan(NamedTuple):
+    """What a published checkpoint will hold."""
+
+    config_text: str
+    shards: dict[str, list]  # file: (name, dtype, shape) of each tensor
+    arrays: Iterator[np.ndarray]  # in that order
+
+
+def _plan(model: Transformer, max_shard_size: str | int) -> _Plan:
+    config, leaves = model.config, dict(checkpoint.named_leaves(model))
+    text = hf_config.write_config(config, _float_name(leaves["wte"].dtype))
+    tensors = {t.name: t for t in names.tensors(config)}
+    file_dtype = {dtype: name for name, dtype in files.DTYPES.items()}
+    layout = [(t.name, file_dtype[leaves[t.parameter].dtype], t.shape) for t in tensors.values()]
+    shards = _shards(layout, _size(max_shard_size))
+    order = [tensors[name] for shard in shards.values() for name, _, _ in shard]
+    return _Plan(text, shards, (_whole(leaves[tensor.parameter], tensor.layer) for tensor in order))
+
+
+def _write(directory: Path, plan: _Plan, source_dir: str | Path | None, progress: Progress) -> None:
+    def reported(arrays: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+        for array in arrays:
+            yield array
+            progress(array.nbytes)
+
+    if source_dir is not None:
+        copy_companions(source_dir, directory)
+    for file, shard in plan.shards.items():
+        files.write_file(directory / file, shard, reported(itertools.islice(plan.arrays, len(shard))))
+    if len(plan.shards) > 1:
+        (directory / files.INDEX).write_text(_index(plan.shards))
+    (directory / "config.json").write_bytes(plan.config_text.encode())
+
+
+def write_workdir(model: Transformer, directory: Path, source_dir: str | Path | None) -> None:
+    """`save_workdir` into a directory that is there."""
+    if source_dir is not None:
+        copy_companions(source_dir, directory / "tokenizer")
+    leaves = dict(checkpoint.named_leaves(model))
+    with (
+        _gone_on_failure(directory / "checkpoints") as place,
+        ocp.training.Checkpointer(epath.Path(place).resolve()) as orbax,
+        checkpoint.frugal(leaves.values(), ocdbt=False),
+    ):
+        orbax.save_checkpointables(0, {"model": leaves})
+    config = {"model": dataclasses.asdict(model.config)}
+    (directory / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True, ensure_ascii=False))
+
+
+@contextlib.contextmanager
+def _gone_on_failure(directory: Path) -> Iterator[Path]:
+    """Removes the directory until it stays away for a second: when a write has failed, others are still under way."""
+    try:
+        yield directory
+    except BaseException:
+        quiet = 0
+        while quiet < 10:
+            quiet = 0 if directory.exists() else quiet + 1
+            shutil.rmtree(directory, ignore_errors=True)
+            time.sleep(0.1)
+        raise
 
 
 def copy_companions(source: str | Path, directory: Path) -> None:
@@ -143,7 +194,11 @@ def copy_companions(source: str | Path, directory: Path) -> None:
 @contextlib.contextmanager
 def new_directory(path: Path) -> Iterator[Path]:
     """A temporary directory that becomes `path` at the end and vanishes on any failure; `path` may only be empty."""
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+    try:
+        taken = path.exists() and not (path.is_dir() and not any(path.iterdir()))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
+    if taken:
         raise InputError(f"{path}: exists and is not an empty directory; choose another place")
     with atomic_directory(path.absolute()) as temporary:
         yield temporary
@@ -158,12 +213,12 @@ def _is_workdir(config: dict) -> bool:
 
 
 def _load_workdir(directory: Path, dtype: str | None, mesh) -> Transformer:
-    """The newest checkpoint of a run: float32 parameters and the run's compute dtype, or both as given."""
-    model = checkpoint.load_model(directory, mesh)
+    """The newest checkpoint of a run: parameters as stored and the run's compute dtype, or both as given."""
+    model = checkpoint.load_model(directory, mesh, dtype)
     if dtype is None:
         return model
     like = checkpoint.abstract_model(dataclasses.replace(model.config, dtype=dtype), mesh)
-    return jax.tree.unflatten(jax.tree.structure(like), [x.astype(dtype) for x in jax.tree.leaves(model)])
+    return jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(model))
 
 
 def _compute_dtype(stored: dict[str, files.Stored], directory: Path) -> str:
@@ -218,9 +273,14 @@ def _parameter(leaf, dtype, parts: Sequence[files.Stored], stacked: bool, progre
             out = cache[ranges] = _aligned([stop - start for start, stop in ranges], dtype)
             layers, rest = (parts[index[0]], index[1:]) if stacked else (parts, index)
             for target, part in zip(out if stacked else [out], layers, strict=True):
-                source = part.map().reshape(leaf.shape[1:] if stacked else leaf.shape)[rest]
-                target[...] = source
-                progress(source.nbytes)
+                whole = target.size == math.prod(part.shape)
+                if whole and dtype == files.DTYPES[part.dtype]:
+                    part.read_into(target)
+                    progress(part.nbytes)
+                else:
+                    source = part.map().reshape(leaf.shape[1:] if stacked else leaf.shape)[rest]
+                    target[...] = source
+                    progress(source.nbytes)
         return cache[ranges]
 
     return jax.block_until_ready(jax.make_array_from_callback(leaf.shape, leaf.sharding, read, dtype=dtype))

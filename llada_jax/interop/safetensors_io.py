@@ -21,6 +21,7 @@ from llada_jax.config import InputError
 DTYPES = {"F32": np.dtype(np.float32), "BF16": jnp.dtype(jnp.bfloat16), "F16": np.dtype(np.float16)}
 INDEX = "model.safetensors.index.json"
 _HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+_READ_BYTES = 2**24  # at a time
 _SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.safetensors")
 
 
@@ -40,6 +41,17 @@ class Stored:
     def map(self) -> np.ndarray:
         """The tensor, read from the disk where it is touched; the memory is given back with the array."""
         return np.memmap(self.path, DTYPES[self.dtype], "r", self.offset, self.shape)
+
+    def read_into(self, out: np.ndarray) -> None:
+        """Fills contiguous memory with the whole tensor: read, which is two to ten times as fast as mapping it."""
+        rest = out.reshape(-1).view(np.uint8).data
+        with open(self.path, "rb", buffering=0) as file:
+            file.seek(self.offset)
+            while len(rest):
+                count = file.readinto(rest[:_READ_BYTES])
+                if not count:
+                    raise InputError(f"{self.path}: truncated while it was read")
+                rest = rest[count:]
 
 
 def read_directory(directory: Path) -> dict[str, Stored]:

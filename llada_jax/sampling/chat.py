@@ -7,6 +7,7 @@ import numpy as np
 
 from llada_jax.config import InputError
 from llada_jax.sampling import reverse
+from llada_jax.sharding import current_mesh
 
 _MASK = re.compile(r"\[MASK(?:\*(\d+))?\]")
 
@@ -15,7 +16,10 @@ def encode_prompt(tokenizer, prompt: str) -> list[int]:
     """BOS and the ids of a plain prompt; `[MASK]` stands for one masked token, `[MASK*5]` for five."""
     ids, last = [tokenizer.bos_id], 0
     for match in _MASK.finditer(prompt):
-        ids += tokenizer.encode(prompt[last : match.start()]) + [tokenizer.mask_id] * int(match.group(1) or 1)
+        count = match.group(1) or "1"
+        if len(count) > 6:
+            raise InputError(f"{match.group()}: more masks than any model's context; write a smaller number")
+        ids += tokenizer.encode(prompt[last : match.start()]) + [tokenizer.mask_id] * int(count)
         last = match.end()
     return ids + tokenizer.encode(prompt[last:])
 
@@ -43,6 +47,8 @@ def complete(model, tokenizer, prompt: str, *, gen_length: int = 32, key: jax.Ar
     """A short greedy completion, for the logs of a run."""
     ids = encode_prompt(tokenizer, prompt)
     gen_length = min(gen_length, model.config.max_sequence_length - len(ids))
+    mesh = current_mesh()
+    gen_length -= (len(ids) + gen_length) % (1 if mesh is None else mesh.shape["context"])  # it splits the columns
     if gen_length < 1:
         raise InputError(f"config.train.sample_prompt: its {len(ids)} tokens leave no room in the model's context")
     out = reverse.generate(

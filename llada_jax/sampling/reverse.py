@@ -16,6 +16,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import PartitionSpec as P
 
+from llada_jax import checks
+from llada_jax.checks import require
 from llada_jax.config import InputError
 from llada_jax.sampling import select
 from llada_jax.sharding import BATCH, current_mesh, reshard, spec, use
@@ -64,20 +66,20 @@ def sample(
     first block. remasking: "low_confidence" or "random". cfg_scale: classifier-free guidance, Eq. 16 of the paper.
     The ids default to those of the model's config. Raises InputError when lengths do not divide or do not fit.
     """
-    ids = _ids(model.config, mask_id, eos_id, eot_id)
-    prompt = np.asarray(prompt)
-    _check_tokens(model.config, prompt, attention_mask, ids[0])
+    c, ids = model.config, _ids(model.config, mask_id, eos_id, eot_id)
+    prompt = checks.token_ids("prompt", prompt, c.embedding_size, "[rows, tokens]")
     B, P = prompt.shape
-    _check(model.config, P, gen_length, steps, block_length, temperature, cfg_scale, remasking)
-    canvas = np.concatenate([prompt, np.full((B, gen_length), ids[0])], axis=1).astype(np.int32)
-    visible = None
-    if attention_mask is not None:
-        real = np.asarray(attention_mask) != 0
-        visible = np.concatenate([real, np.ones((B, gen_length), bool)], axis=1).astype(np.int32)
+    gen_length, steps, block_length = _lengths(c, P, gen_length, steps, block_length)
+    temperature, cfg_scale = _scales(temperature, cfg_scale)
+    require(remasking in ("low_confidence", "random"), f"remasking {remasking!r} is not one of low_confidence, random")
+    canvas = np.concatenate([prompt, np.full((B, gen_length), ids[0], np.int32)], axis=1)
+    visible = _visible(attention_mask, prompt)
+    if visible is not None:
+        visible = np.pad(visible, ((0, 0), (0, gen_length)), constant_values=1)
     options = Options(
         P, block_length, steps, temperature, cfg_scale, remasking, logits_eos_inf, confidence_eos_eot_inf, *ids
     )
-    return _reverse_rows(model, canvas, visible, jax.random.key(0) if key is None else key, options)
+    return _reverse_rows(model, canvas, visible, checks.random_key(key), options)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,16 +196,18 @@ def infill(
     attention_mask: int [B, S], 0 for padding.
     """
     c = model.config
-    canvas = np.asarray(canvas, np.int32)
+    canvas = checks.token_ids("text", canvas, c.embedding_size, "[rows, tokens]")
+    S = canvas.shape[1]
+    require(S <= c.max_sequence_length, f"{S} tokens exceed the model's context of {c.max_sequence_length} tokens")
     masks = (canvas == c.mask_token_id).sum(axis=1)
-    if masks.max(initial=0) == 0:
-        raise InputError("nothing to fill: the text holds no mask")
+    require(masks.max() > 0, "nothing to fill: the text holds no mask")
+    steps = int(masks.max()) if steps is None else checks.whole("steps", steps)
+    require(steps > 0, "steps must be positive")
+    temperature, _ = _scales(temperature, 0.0)
     options = Options(
-        0, canvas.shape[1], steps or int(masks.max()), temperature, 0.0, "low_confidence", False, False,
-        *_ids(c, None, None, None),
+        0, S, steps, temperature, 0.0, "low_confidence", False, False, *_ids(c, None, None, None)
     )  # fmt: skip
-    visible = None if attention_mask is None else np.asarray(attention_mask, np.int32)
-    return _reverse_rows(model, canvas, visible, jax.random.key(0) if key is None else key, options)
+    return _reverse_rows(model, canvas, _visible(attention_mask, canvas), checks.random_key(key), options)
 
 
 def _reverse_rows(model, canvas: np.ndarray, visible: np.ndarray | None, key, options: Options) -> Sampled:
@@ -227,38 +231,46 @@ def _rows_divisor(mesh) -> int:
 
 
 def _ids(c, mask_id, eos_id, eot_id) -> tuple[int, int, int]:
-    given = (mask_id, eos_id, eot_id)
-    default = (c.mask_token_id, c.eos_token_id, c.eot_token_id)
-    return tuple(d if g is None else g for g, d in zip(given, default, strict=True))
+    """The special tokens: those given, else those of the model's config."""
 
+    def one(name: str, given: int | None, default: int) -> int:
+        if given is None:
+            return default
+        checks.token_id(name, given, c.embedding_size)
+        return int(given)
 
-def _check_tokens(c, prompt: np.ndarray, attention_mask, mask_id: int) -> None:
-    _require(prompt.ndim == 2, f"the prompt has shape {prompt.shape}; it must be [rows, tokens]")
-    _require(prompt.size > 0, "the prompt is empty")
-    for token in (int(prompt.min()), int(prompt.max()), mask_id):
-        _require(
-            0 <= token < c.embedding_size, f"token {token} is outside the {c.embedding_size} rows of the embedding"
-        )
-    shape = prompt.shape if attention_mask is None else np.shape(attention_mask)
-    _require(shape == prompt.shape, f"attention_mask has shape {shape}, the prompt {prompt.shape}; they must be equal")
-
-
-def _check(c, P, gen_length, steps, block_length, temperature, cfg_scale, remasking) -> None:
-    _require(min(gen_length, steps, block_length) > 0, "gen_length, steps and block_length must be positive")
-    _require(
-        gen_length % block_length == 0, f"gen_length {gen_length} is not a multiple of block_length {block_length}"
+    return (
+        one("mask_id", mask_id, c.mask_token_id),
+        one("eos_id", eos_id, c.eos_token_id),
+        one("eot_id", eot_id, c.eot_token_id),
     )
+
+
+def _visible(attention_mask, prompt: np.ndarray) -> np.ndarray | None:
+    """attention_mask as int32 [B, P]; None where it hides nothing."""
+    if attention_mask is None:
+        return None
+    mask = checks.zeros_and_ones("attention_mask", attention_mask)
+    require(mask.shape == prompt.shape, f"attention_mask has shape {mask.shape}, the prompt {prompt.shape}")
+    for row in np.flatnonzero(~mask.any(axis=1)):
+        raise InputError(f"attention_mask hides all of row {row}; leave it a token, such as BOS")
+    return None if mask.all() else mask.astype(np.int32)
+
+
+def _lengths(c, P: int, *lengths) -> tuple[int, ...]:
+    gen_length, steps, block_length = lengths = tuple(
+        checks.whole(name, n) for name, n in zip(("gen_length", "steps", "block_length"), lengths, strict=True)
+    )
+    require(min(lengths) > 0, "gen_length, steps and block_length must be positive")
+    require(gen_length % block_length == 0, f"gen_length {gen_length} is not a multiple of block_length {block_length}")
     blocks = gen_length // block_length
-    _require(steps % blocks == 0, f"steps {steps} is not a multiple of the number of blocks, {blocks}")
-    _require(
+    require(steps % blocks == 0, f"steps {steps} is not a multiple of the number of blocks, {blocks}")
+    require(
         P + gen_length <= c.max_sequence_length,
         f"prompt ({P}) and gen_length ({gen_length}) exceed the model's context of {c.max_sequence_length} tokens",
     )
-    _require(temperature >= 0, f"temperature {temperature} is negative")
-    _require(cfg_scale >= 0, f"cfg_scale {cfg_scale} is negative")
-    _require(remasking in ("low_confidence", "random"), f"remasking {remasking!r} is not one of low_confidence, random")
+    return lengths
 
 
-def _require(ok, message: str) -> None:
-    if not ok:
-        raise InputError(message)
+def _scales(temperature, cfg_scale) -> tuple[float, float]:
+    return checks.not_negative("temperature", temperature), checks.not_negative("cfg_scale", cfg_scale)
