@@ -9,10 +9,10 @@ from llada_jax.config import run_config, set_slice
 from llada_jax.optimizer import LLADA_PRETRAIN
 
 SLICES = {  # found with tools/compile_ahead.py; the global batch is the paper's on all of them
-    "v5e-256": dict(microbatches=5, remat="full"),
+    "v5e-256": dict(microbatches=5, remat="projections"),
     "v5p-128": dict(microbatches=4, remat="matmuls"),
     "v5p-1024": dict(tensor=2, microbatches=1, remat="matmuls"),  # 1280 rows don't divide over 512 chips
-    "v6e-256": dict(microbatches=1, remat="full"),
+    "v6e-256": dict(microbatches=1, remat="attention"),
     "2xv5p-512": dict(data=2, tensor=2, microbatches=1, remat="matmuls"),
     "tpu7x-128": dict(microbatches=2, remat="matmuls"),
 }

@@ -9,7 +9,7 @@ python -m llada_jax.train --config=configs/llada_8b_sft.py:v5e-64 --workdir=DIR 
 from llada_jax.config import run_config, set_slice
 from llada_jax.optimizer import LLADA_SFT
 
-SLICES = {"v5e-64": dict(microbatches=4, remat="full")}
+SLICES = {"v5e-64": dict(microbatches=4, remat="projections")}
 
 
 def get_config(name: str = ""):
