@@ -26,12 +26,11 @@ def tiny(**train):
             "batch_size 60 does not split into 1 microbatches over 16 devices",
         ),
         (lambda c: c.mesh.update(tensor=3), 1, "does not fit 16 devices"),
-        (lambda c: None, 2, "over 2 slices it must be a multiple of 2"),
+        (lambda c: c.mesh.update(fsdp=1, tensor=32), 2, "the devices are in 2 slices or hosts; data x fsdp must be a"),
         (lambda c: c.data.update(row_length=4096), 1, "longer than the model's context"),
     ],
 )
 def test_what_can_not_run_is_refused_before_it_is_compiled(change, slices, message):
-    pytest.importorskip("libtpu", reason="the TPU compiler is in the extra 'tpu'")
     config = tiny()
     change(config)
     with pytest.raises(InputError, match=message):

@@ -15,7 +15,6 @@ from ml_collections import ConfigDict
 from llada_jax import compiler_options, losses, optimizer, sharding, train_step
 from llada_jax.config import PRESETS, InputError, run_config
 
-pytest.importorskip("libtpu")
 MESH = dict(data=1, fsdp=2, tensor=1, context=2)
 ROWS, LENGTH = 2, 1024
 CONFIG = dataclasses.replace(
