@@ -5,12 +5,12 @@ python -m llada_jax.train --config=configs/pretrain_small.py --workdir=DIR --con
 
 from llada_jax.config import run_config, set_slice
 
-SLICES = {"v5e-1": dict(microbatches=1, remat="none"), "v6e-1": dict(microbatches=1, remat="none")}
+SLICES = {"v5e-1": dict(microbatches=1, remat="matmuls"), "v6e-1": dict(microbatches=1, remat="matmuls")}
 
 
 def get_config(name: str = ""):
     config = run_config("small")
-    config.model.dtype = "bfloat16"
+    config.model.dtype, config.model.remat = "bfloat16", "matmuls"
     config.model.vocab_size = config.model.embedding_size = 0  # the tokenizer's
     config.data.row_length = 1024
     config.data.validation_fraction = 0.01

@@ -15,7 +15,7 @@ PROGRAM = (Path(__file__).parent / "golden" / "scheduled.hlo").read_text()  # in
 def run(program=PROGRAM, seconds=1e-3):
     parsed = hlo.parse(program)
     return cost.Machine(
-        parsed, clock=1e6,
+        parsed, clock=1e6, bandwidth=1e12,
         transfer=lambda kind, payload, group: links.Transfer(kind, tuple(map(str, group)), payload, seconds, 0.0),
         kernel=lambda i: 0.5, loop_trips=lambda i: 1.0, devices=4,
     ).run()  # fmt: skip

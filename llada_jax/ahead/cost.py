@@ -56,12 +56,13 @@ class Machine:
         program: Program,
         *,
         clock: float,
+        bandwidth: float,
         transfer: Callable[[str, float, list[int]], Transfer],
         kernel: Callable[[Instruction], float | None],
         loop_trips: Callable[[Instruction], float],
         devices: int,
     ):
-        self._program, self._clock, self._devices = program, clock, devices
+        self._program, self._clock, self._bandwidth, self._devices = program, clock, bandwidth, devices
         self._transfer, self._kernel, self._loop_trips = transfer, kernel, loop_trips
         self._of = functools.cache(self._play)
         self._started: dict[str, tuple[str, Transfer]] = {}  # asynchronous operations by the name of each phase
@@ -99,6 +100,11 @@ class Machine:
 
     def _compute(self, i: Instruction, cost: Cost) -> None:
         seconds = i.cycles / self._clock
+        if "splash" in i.op_name and i.op_name.endswith("reduce_sum"):
+            # The parts of dq that the backward kernel leaves to be added: priced at some ten million cycles, 30 times
+            # what reading them takes and more than the kernel itself (libtpu 0.0.52).
+            moved = self._program.operand_bytes(i) + array_bytes(i.type)
+            seconds = min(seconds, 2 * moved / self._bandwidth)
         kind = "matmul" if self._multiplies(i) else "vector"
         if i.opcode == "custom-call":
             target = re.search(r'custom_call_target="([^"]*)"', i.text)
