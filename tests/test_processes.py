@@ -234,15 +234,6 @@ def test_only_the_first_process_speaks(two, four):
     assert "sample: 床前明月光，" in two.printed[0][1] and "床前明月光，" in two.printed[0][0]
 
 
-def test_a_process_that_fails_in_the_loop_ends_with_its_line_and_the_others_with_it(root, of, one, tmp_path):
-    jobs = [["meet", dict(sizes=FSDP)], ["run", dict(config=of(6), workdir=str(tmp_path / "run"), broken=1)]]
-    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
-    flags = [f"--jobs={tmp_path / 'jobs.json'}", f"--out={tmp_path}"]
-    (code0, _, error0), (code1, _, error1) = start(tmp_path, ["tests/several.py"], 2, *flags)
-    assert code0 != 0 and "Fatal Python error: Aborted" not in error0
-    assert code1 == 2 and error1.splitlines()[-1] == "error: row 7 can't be read", error1
-
-
 @pytest.mark.parametrize(
     "flags, message",
     [

@@ -70,14 +70,14 @@ def test_a_step_compiled_for_v5e_holds_no_scores(topology):
     assert compiled.memory_analysis().temp_size_in_bytes < scores
 
 
-def test_slices_are_spanned_by_data_alone(topology):
+def test_slices_are_spanned_by_data(topology):
     devices = topology("v5e:2x2", 2)
     mesh = sharding.make_mesh(dict(data=2, fsdp=-1, tensor=1, context=2), devices)
     assert dict(mesh.shape) == dict(data=2, fsdp=2, tensor=1, context=2)
     for i, part in enumerate(mesh.devices):
         assert {device.slice_index for device in part.flat} == {i}
-    with pytest.raises(InputError, match="config.mesh.data is 1; over 2 slices it must be a multiple of 2"):
-        sharding.make_mesh(dict(data=1, fsdp=-1, tensor=1, context=1), devices)
+    with pytest.raises(InputError, match="the devices are in 2 slices or hosts; data x fsdp must be a multiple of"):
+        sharding.make_mesh(dict(data=1, fsdp=1, tensor=-1, context=1), devices)
 
 
 def test_an_option_that_the_compiler_does_not_know_is_reported(topology, monkeypatch):
