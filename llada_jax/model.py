@@ -109,7 +109,7 @@ class Transformer(nnx.Module):
         """The normed last hidden states, [B, L, D] in the compute dtype."""
         c = self.config
         # As wide as float32 masters, the residual stream is what PyTorch's autocast computes; in bfloat16 it would be
-        # 1.5 times as far from float32 (tests/test_interop.py, autocast). For that, residual = "compute" takes 10% fewer
+        # 1.5 times as far from float32 (tests/test_interop.py, autocast). But residual = "compute" takes 10% fewer
         # cycles and 4.6 of 16 GiB less (8B compiled for 16 v5p, 4 rows of 4096 a chip).
         wide = jnp.promote_types(self.wte.dtype, c.dtype)
         # Each device looks up its columns for the rows of all, and the rows change places: moving those is far less
