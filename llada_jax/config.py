@@ -16,8 +16,9 @@ class InputError(ValueError):
     """
 
 
-# From most memory and least work to the contrary: keep all; the matrix products; those but the MLP's; the attention
-# output; nothing but the inputs of the layers. "offload" keeps what "projections" does, and the inputs, on the host.
+# What the backward pass computes again, from nothing to most: nothing; all but the matrix products; also the MLP's;
+# also the projections; all but the inputs of the layers. "offload" keeps what "projections" does, and the inputs, but
+# on the host, save for the attention output.
 REMAT = ("none", "matmuls", "projections", "attention", "full", "offload")
 
 

@@ -23,8 +23,9 @@ _POLICIES = {
     "attention": _named("attention"),
     "projections": _named("attention", "qkv", "attn_out"),
     "matmuls": _named("attention", "qkv", "attn_out", "mlp"),
+    # The attention output stays: it is named inside a shard_map, where JAX would compute it again instead of moving it.
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=[], names_which_can_be_offloaded=["input", "attention", "qkv", "attn_out"],
+        names_which_can_be_saved=["attention"], names_which_can_be_offloaded=["input", "qkv", "attn_out"],
         offload_src="device", offload_dst="pinned_host",
     ),
 }  # fmt: skip
