@@ -173,24 +173,23 @@ def _block(length: int, most: int) -> int:
 
 
 def _cudnn(
-    q_BNLH, k_BKSH, v_BKSH, ids_BL, ids_BS, causal: bool, shard, shards: int, *, implementation="cudnn"
+    q_BNLH, k_BKSH, v_BKSH, ids_BL, ids_BS, causal: bool, shard, shards: int, *, implementation: Any = "cudnn"
 ) -> jax.Array:
-    """cuDNN's flash attention. Segments cost a bias of [B, 1, L, S]; rows that are all one segment go without it."""
+    """cuDNN's flash attention. Segments cost it a bias of [B, 1, L, S]; where each row is all one, it goes without."""
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q_BNLH, k_BKSH, v_BKSH))
     L, S = q.shape[1], k.shape[1]
-    attend: Any = jax.nn.dot_product_attention  # its overloads know no variable
-    run = functools.partial(attend, implementation=implementation)
+    run: Any = functools.partial(jax.nn.dot_product_attention, q, k, v, implementation=implementation)
     positions_L = shard * L + jnp.arange(L) if causal else None
 
-    def masked():
-        mask_BLS = _visible(ids_BL, ids_BS, positions_L, S)
-        return run(q, k, v, mask=None if mask_BLS is None else mask_BLS[:, None])
+    def masked(ids_BL, ids_BS):
+        visible_BLS: Any = _visible(ids_BL, ids_BS, positions_L, S)
+        return run(mask=visible_BLS[:, None])
 
     def unmasked():
-        return masked() if causal and shards > 1 else run(q, k, v, is_causal=causal)
+        return masked(None, None) if causal and shards > 1 else run(is_causal=causal)
 
     if ids_BS is None:
         out = unmasked()
     else:
-        out = jax.lax.cond(jnp.all(ids_BS == ids_BS[:, :1]), unmasked, masked)
+        out = jax.lax.cond(jnp.all(ids_BS == ids_BS[:, :1]), unmasked, lambda: masked(ids_BL, ids_BS))
     return jnp.swapaxes(out, 1, 2)

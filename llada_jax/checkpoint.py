@@ -25,6 +25,7 @@ from llada_jax.train_step import TrainState
 _HARMLESS = (
     "config.train.log_every", "config.train.eval_every", "config.train.sample_every", "config.train.sample_prompt",
     "config.train.microbatches", "config.train.steps", "config.data.threads", "config.checkpoint.", "config.mesh.",
+    "config.model.remat", "config.model.attention_kernel",
 )  # fmt: skip
 
 

@@ -16,8 +16,9 @@ class InputError(ValueError):
     """
 
 
-# From most memory and least work to the contrary: keep all; the matrix products; those but the MLP's; the attention
-# output; nothing but the inputs of the layers. "offload" keeps what "projections" does, and the inputs, on the host.
+# What the backward pass computes again, from nothing to most: nothing; all but the matrix products; also the MLP's;
+# also the projections; all but the inputs of the layers. "offload" keeps what "projections" does, and the inputs, but
+# on the host, save for the attention output.
 REMAT = ("none", "matmuls", "projections", "attention", "full", "offload")
 
 
@@ -49,6 +50,7 @@ class ModelConfig:
     init_std: float = 0.02
     # How it is computed, not what it is:
     dtype: str = "bfloat16"  # of activations and matrix products; parameters are float32
+    residual: str = "parameters"  # the residual stream is as wide as the "parameters", or as what is "compute"d with
     remat: str = "full"  # what the backward pass computes again; see REMAT
     attention_kernel: str = "auto"  # "splash" (TPU), "cudnn" (GPU), "xla"; "auto": that of the platform. attention.py
     # Where it comes from; see interop/:
@@ -82,6 +84,9 @@ class ModelConfig:
                 f"{name} {getattr(self, name)} is outside the {self.embedding_size} rows of the embedding",
             )
         require(self.dtype in ("bfloat16", "float32"), f"dtype {self.dtype!r} is not one of bfloat16, float32")
+        require(
+            self.residual in ("parameters", "compute"), f"residual {self.residual!r} is not one of parameters, compute"
+        )
         require(self.remat in REMAT, f"remat {self.remat!r} is not one of {', '.join(REMAT)}")
         require(self.init in ("mitchell", "normal"), f"init {self.init!r} is not one of mitchell, normal")
         require(self.family in ("llada", "illada"), f"family {self.family!r} is not one of llada, illada")

@@ -23,8 +23,9 @@ _POLICIES = {
     "attention": _named("attention"),
     "projections": _named("attention", "qkv", "attn_out"),
     "matmuls": _named("attention", "qkv", "attn_out", "mlp"),
+    # The attention output stays: it is named inside a shard_map, where JAX would compute it again instead of moving it.
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=[], names_which_can_be_offloaded=["input", "attention", "qkv", "attn_out"],
+        names_which_can_be_saved=["attention"], names_which_can_be_offloaded=["input", "qkv", "attn_out"],
         offload_src="device", offload_dst="pinned_host",
     ),
 }  # fmt: skip
@@ -108,13 +109,16 @@ class Transformer(nnx.Module):
     def hidden(self, tokens_BL: jax.Array, segment_ids_BL: jax.Array | None = None) -> jax.Array:
         """The normed last hidden states, [B, L, D] in the compute dtype."""
         c = self.config
-        # The residual stream is as wide as the parameters: with float32 masters it is what PyTorch's autocast computes,
-        # with bfloat16 it would be 1.5 times as far from float32 (tests/test_interop.py, autocast).
+        # As wide as float32 masters, the residual stream is what PyTorch's autocast computes; in bfloat16 it would be
+        # 1.5 times as far from float32 (tests/test_interop.py, autocast). But residual = "compute" takes 10% fewer
+        # cycles and 4.6 of 16 GiB less (8B compiled for 16 v5p, 4 rows of 4096 a chip).
+        wide = jnp.promote_types(self.wte.dtype, c.dtype)
         # Each device looks up its columns for the rows of all, and the rows change places: moving those is far less
-        # than gathering the embedding, and its gradient needs no sum over fsdp.
-        wte_VD = self.wte[...].astype(jnp.promote_types(self.wte.dtype, c.dtype))
-        columns = spec("data", "context", "fsdp")
-        x_BLD = reshard(wte_VD.at[reshard(tokens_BL, "data", "context")].get(out_sharding=columns), *HIDDEN)
+        # than gathering the embedding, and its gradient needs no sum over fsdp. That gradient is summed as wide: half
+        # of all tokens are MASK.
+        looked_up = self.wte[...].astype(wide).at[reshard(tokens_BL, "data", "context")]
+        x_BLD = looked_up.get(out_sharding=spec("data", "context", "fsdp"))
+        x_BLD = reshard(x_BLD.astype(wide if c.residual == "parameters" else c.dtype), *HIDDEN)
 
         def layer(x_BLD, block):
             return block(checkpoint_name(x_BLD, "input"), segment_ids_BL), None

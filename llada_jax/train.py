@@ -248,7 +248,8 @@ def fit_to_tokenizer(config: RunConfig, tokenizer: Tokenizer) -> ModelConfig:
     m = config.model
     if config.train.init_from:
         theirs = dataclasses.asdict(hf.load_config(config.train.init_from, m.dtype))
-        m.update({name: value for name, value in theirs.items() if name not in ("dtype", "remat", "attention_kernel")})
+        own = ("dtype", "residual", "remat", "attention_kernel")  # how it is computed may change from run to run
+        m.update({name: value for name, value in theirs.items() if name not in own})
     m.vocab_size = m.vocab_size or tokenizer.vocab_size
     m.embedding_size = m.embedding_size or -(-m.vocab_size // 64) * 64
     m.mask_token_id, m.bos_token_id, m.eos_token_id = tokenizer.mask_id, tokenizer.bos_id, tokenizer.eos_id

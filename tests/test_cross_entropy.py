@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from llada_jax import sharding
 from llada_jax.cross_entropy import scored_cross_entropy
@@ -63,15 +65,16 @@ def test_a_mesh_changes_nothing_though_its_devices_hold_different_numbers_of_mas
     alone = both(scored_cross_entropy, hidden, head, targets, weights)
     mesh = sharding.make_mesh(sizes)
     with jax.set_mesh(mesh):
-        place = lambda x, *axes: jax.device_put(x, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes)))
-        args = (
-            place(hidden, *sharding.HIDDEN), place(head, "tensor", "fsdp"),
-            place(targets, *sharding.TOKENS), place(weights, *sharding.TOKENS),
-        )  # fmt: skip
+        args = placed(mesh, hidden, head, targets, weights)
         over_mesh = jax.jit(lambda *a: both(scored_cross_entropy, *a))(*args)
-        assert over_mesh[3].sharding.spec == jax.sharding.PartitionSpec("tensor", "fsdp")
+        assert over_mesh[3].sharding.spec == P("tensor", "fsdp")
     for got, want in zip(over_mesh, alone, strict=True):
         np.testing.assert_allclose(np.asarray(got), np.asarray(want), rtol=1e-5, atol=1e-6)
+
+
+def placed(mesh, *arrays):
+    axes = sharding.HIDDEN, P("tensor", "fsdp"), sharding.TOKENS, sharding.TOKENS
+    return [jax.device_put(x, NamedSharding(mesh, a)) for x, a in zip(arrays, axes, strict=True)]
 
 
 def test_no_logits_of_the_whole_batch_exist():
@@ -81,3 +84,29 @@ def test_no_logits_of_the_whole_batch_exist():
     args = [jax.ShapeDtypeStruct(*s) for s in shapes]
     compiled = jax.jit(lambda *a: both(scored_cross_entropy, *a)).lower(*args).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < B * L * V * 4 / 2
+
+
+def test_the_matrix_is_gathered_and_its_gradient_reduced_once_not_per_chunk(rng):
+    """The loop's trips differ between devices, so that in it only peers of the tensor axis may meet."""
+    mesh = sharding.make_mesh(dict(data=2, fsdp=2, tensor=2, context=1))
+    with jax.set_mesh(mesh):
+        args = placed(mesh, *problem(rng, 8, 16, 8, 32, "float32"))
+        jaxpr = jax.make_jaxpr(lambda *a: both(scored_cross_entropy, *a))(*args).jaxpr
+    inside, outside = [], []
+    for name, axes, in_loop in collectives(jaxpr, False):
+        (inside if in_loop else outside).append((name, axes))
+    assert inside and all(axes == ("tensor",) for _, axes in inside)
+    assert [axes for name, axes in outside if name == "all_gather"] == [("fsdp",)]
+    assert [axes for name, axes in outside if name == "reduce_scatter"] == [("fsdp",)]
+
+
+def collectives(jaxpr, in_loop):
+    """(primitive, its axes, whether it stands in a while loop) of a program and all within it."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name in ("psum", "pmax", "all_gather", "reduce_scatter"):
+            axes = eqn.params["axes"] if "axes" in eqn.params else eqn.params["axis_name"]
+            yield eqn.primitive.name, axes if isinstance(axes, tuple) else (axes,), in_loop
+        for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                yield from collectives(inner, in_loop or eqn.primitive.name == "while")

@@ -88,10 +88,11 @@ def test_rematerialisation_changes_no_gradient(tiny, remat):
         np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-4, atol=1e-6)
 
 
-def test_computing_in_bfloat16_stays_near_float32(tiny):
+@pytest.mark.parametrize("residual", ["parameters", "compute"])
+def test_computing_in_bfloat16_stays_near_float32(tiny, residual):
     tokens = jnp.arange(24).reshape(2, 12)
     exact = Transformer(tiny, jax.random.key(0))(tokens)
-    rough = Transformer(dataclasses.replace(tiny, dtype="bfloat16"), jax.random.key(0))(tokens)
+    rough = Transformer(dataclasses.replace(tiny, dtype="bfloat16", residual=residual), jax.random.key(0))(tokens)
     assert rough.dtype == jnp.bfloat16
     difference = np.abs(np.asarray(exact) - np.asarray(rough, np.float32)).mean()
     assert 0 < difference < 0.05 * np.abs(np.asarray(exact)).mean()
