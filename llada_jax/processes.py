@@ -13,6 +13,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -24,6 +25,7 @@ from llada_jax.config import InputError
 
 _LONGEST_WAIT = 7 * 24 * 3600 * 1000  # milliseconds that the others wait while one prepares data
 _SHUTDOWN_SECONDS = 60  # after which a process that ends too early takes the others along
+_HEARTBEAT_SECONDS = 30  # of silence, after which a process counts as dead and the others end, too (JAX: 100)
 _MESSAGE_BYTES = 2048
 
 
@@ -104,11 +106,21 @@ def together() -> Iterator[None]:
     _exchange()
 
 
-def once(work: Callable[[], object]) -> None:
-    """Runs `work` on the first process while the others wait; if it fails, every process does."""
+def once(work: Callable[[], object]) -> Any:
+    """What `work` returns, short and in JSON's types: run on the first process while the others wait.
+
+    If it fails, every process does.
+    """
+    result = None
     with together():
         if is_first():
-            work()
+            result = work()
+    return json.loads(gathered(json.dumps(result))[0])
+
+
+def gathered(value: str) -> list[str]:
+    """The value of every process, on every process."""
+    return [value] if jax.process_count() == 1 else _exchange(value)
 
 
 def agree(what: str, value: object) -> None:
@@ -145,8 +157,14 @@ def _shared(error: InputError) -> InputError:
 
 
 def _initialize(*place, **options) -> None:
+    jax.config.update("jax_enable_preemption_service", False)  # it takes SIGTERM for itself; ours is in requests.py
     try:
-        jax.distributed.initialize(*place, shutdown_timeout_seconds=_SHUTDOWN_SECONDS, **options)
+        jax.distributed.initialize(
+            *place,
+            heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
+            shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
+            **options,
+        )
     except ValueError as error:  # nothing was detected
         raise InputError(
             f"--distributed: the environment names no cluster ({error}); give --coordinator=HOST:PORT, "
