@@ -19,8 +19,7 @@ from typing import NamedTuple
 
 from absl import flags
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # the checkout
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # the checkout
 
 from digest import digest
 
@@ -28,22 +27,24 @@ from llada_jax import cli
 from llada_jax.checkpoint import saved_steps
 from llada_jax.config import InputError
 
+ROOT = Path(__file__).resolve().parents[1]
 # A model that steps in milliseconds, so that most of a run is what kills may hit: beginning, saving, restoring.
 RUN = """--config=configs/pretrain_tiny.py --config.model.d_model=32 --config.model.n_layers=2 --config.model.n_heads=4
 --config.model.n_kv_heads=2 --config.model.mlp_hidden_size=48 --config.model.max_sequence_length=64
 --config.data.row_length=32 --config.data.tokenizer_type=char --config.data.validation_fraction=0.1
 --config.train.batch_size=8 --config.train.log_every=1 --config.train.eval_every=7 --config.train.eval_rows=16
+--config.train.sample_every=60
 --config.checkpoint.every_steps=5 --config.checkpoint.keep=2 --config.checkpoint.keep_every_steps=50""".split()
 DEVICES = 4
 TIMEOUT = 600  # seconds that a process may take
 
 
 class Kill(NamedTuple):
-    """One kill: what was going on, what was saved by then, and how the processes that were left alone ended."""
+    """One kill: what was going on, where the run will go on, and how the processes that were left alone ended."""
 
     moment: str
     process: int
-    steps: list[int]
+    step: int
     codes: list[int]
     seconds: float  # until those had ended
 
@@ -61,14 +62,8 @@ class Run:
             "JAX_COMPILATION_CACHE_DIR": str(workdir.parent / "cache"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
-        command = [
-            sys.executable,
-            "-m",
-            "llada_jax.train",
-            f"--workdir={workdir}",
-            f"--config.train.steps={steps}",
-            *RUN,
-        ]
+        place = [f"--workdir={workdir}", f"--config.train.steps={steps}"]
+        command = [sys.executable, "-m", "llada_jax.train", *RUN, *place]
         if processes > 1:
             command += [f"--coordinator=127.0.0.1:{port}", f"--num_processes={processes}"]
         workdir.parent.mkdir(parents=True, exist_ok=True)
@@ -112,9 +107,10 @@ class Run:
 
 def kill(run: Run, moment: str, draw: random.Random) -> Kill | None:
     """Waits for the moment, and some more, and kills one process; None if the run ended before."""
+    lines = run.lines()
     reached: dict[str, Callable[[], bool]] = {
         "any": lambda: True,
-        "computing": lambda lines=run.lines(): run.moment() == "computing" and run.lines() > lines,
+        "computing": lambda: run.moment() == "computing" and run.lines() > lines,
     }
     pause = {"any": 6.0, "preparing": 4.0, "restoring": 1.0, "computing": 0.3}.get(moment, 0.03)
     while not reached.get(moment, lambda: run.moment() == moment)():
@@ -129,7 +125,7 @@ def kill(run: Run, moment: str, draw: random.Random) -> Kill | None:
     if codes[victim] != -9:
         return None
     others = [code for i, code in enumerate(codes) if i != victim]
-    return Kill(found, victim, run.steps(), others, time.monotonic() - began)
+    return Kill(found, victim, max(run.steps(), default=0), others, time.monotonic() - began)
 
 
 def metrics(workdir: Path) -> list[dict]:
@@ -162,7 +158,7 @@ def main(_argv: list[str]) -> None:
         raise InputError(f"{root}: exists and is not empty; give a new directory")
     finish(Run(root / "whole", options.processes, options.steps))
     draw, done, tried = random.Random(options.seed), 0, 0
-    print("| kill | moment | process | checkpoints then | the others ended | after s |\n|---|---|---|---|---|---|")
+    print("| kill | moment | process | goes on at step | the others ended with | after s |\n|---|---|---|---|---|---|")
     while done < options.kills:
         # The first ones as they come, so that no beginning is missed; the others at random.
         moment = MOMENTS[tried] if tried < len(MOMENTS) else draw.choice(MOMENTS[3:])
@@ -171,8 +167,9 @@ def main(_argv: list[str]) -> None:
         if struck is None:
             raise InputError(f"the run ended before {moment}; give more --steps")
         done += 1
-        steps, codes = (", ".join(map(str, values)) or "none" for values in (struck.steps, struck.codes))
-        print(f"| {done} | {struck.moment} | {struck.process} | {steps} | {codes} | {struck.seconds:.0f} |", flush=True)
+        codes = ", ".join(map(str, struck.codes)) or "-"
+        cells = [done, struck.moment, struck.process, struck.step, codes, round(struck.seconds)]
+        print(f"| {' | '.join(map(str, cells))} |", flush=True)
         if bad := [code for code in struck.codes if code in (0, 2)]:
             raise InputError(f"a process that lost another ended with {bad[0]}, which nobody starts again")
     finish(Run(root / "killed", options.processes, options.steps))
