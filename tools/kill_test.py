@@ -90,7 +90,7 @@ class Run:
         """What is going on, as far as the files tell."""
         config = self.workdir / "config.json"
         if not config.exists() or config.stat().st_mtime < self.began:
-            return "preparing"
+            return "preparing" if self.workdir.exists() else "joining"
         if " steps from " not in self.logs[0].read_text():
             return "starting" if not self.steps() else "restoring"
         if any(self.workdir.glob("checkpoints/*.writing")):
@@ -109,10 +109,10 @@ def kill(run: Run, moment: str, draw: random.Random) -> Kill | None:
     """Waits for the moment, and some more, and kills one process; None if the run ended before."""
     lines = run.lines()
     reached: dict[str, Callable[[], bool]] = {
-        "any": lambda: True,
+        "any": lambda: run.moment() not in ("joining", "preparing"),
         "computing": lambda: run.moment() == "computing" and run.lines() > lines,
     }
-    pause = {"any": 6.0, "preparing": 4.0, "restoring": 1.0, "computing": 0.3}.get(moment, 0.03)
+    pause = {"any": 4.0, "preparing": 0.3, "restoring": 1.0, "computing": 0.3}.get(moment, 0.03)  # seconds, at most
     while not reached.get(moment, lambda: run.moment() == moment)():
         if not run.is_running():
             return None
