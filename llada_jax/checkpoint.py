@@ -5,12 +5,15 @@ the config, too.
 """
 
 import contextlib
+import errno
 import itertools
 import json
 import math
+import os
 import shutil
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -92,7 +95,7 @@ class Checkpointer:
         earlier save. What fails is an event, and does not end the run: the next save tries again.
         """
         self._wait()
-        processes.once(self._sweep)
+        processes.once(self._make_room)
         self._failure = ""
         context = frugal(jax.tree.leaves(state))
         context.atomicity.mode = "commit_file"  # no renaming: that is done here, after the checksums
@@ -123,7 +126,12 @@ class Checkpointer:
         """Lets a save that is under way come to its end, unless that needs other processes."""
         if jax.process_count() == 1:
             self._wait()
-            self._sweep()
+        if processes.is_first() and self._failure:  # then threads of TensorStore go on writing for a while
+            quiet = 0
+            while quiet < 10:
+                quiet = 0 if any(self._directory.glob(f"*{_WRITING}")) else quiet + 1
+                self._sweep()
+                time.sleep(0.1)
 
     def _complete(self, step: int, writing, first: Callable[[], None]) -> None:
         """In the background: waits for Orbax on all processes; the first one gives the checkpoint its name."""
@@ -158,6 +166,10 @@ class Checkpointer:
         self._place(step).rename(place)
         self._tell("checkpoint damaged", step, cause, f"moved to {place.name}; the one before is taken")
         return place.name
+
+    def _make_room(self) -> None:
+        self._sweep()
+        self._remove_old()  # where `keep` is smaller than it was
 
     def _remove_old(self) -> None:
         every, steps = self._options.keep_every_steps, sorted(saved_steps(self._directory))
@@ -247,7 +259,8 @@ def _root_cause(error: Exception) -> str:
         root = root.__cause__ or root.__context__ or root
     if not isinstance(root, Exception):  # Ctrl-C or a kill
         raise root from None
-    return " ".join(str(root).split())[:200] or type(root).__name__
+    text, full = " ".join(str(root).split()), os.strerror(errno.ENOSPC)
+    return full.lower() if full in text else text[:200] or type(root).__name__
 
 
 def frugal(arrays: Iterable[Any], *, ocdbt: bool = True) -> Any:

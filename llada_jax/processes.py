@@ -55,9 +55,9 @@ def joined(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
             if jax.process_count() > 1 and not getattr(error, "shared", False):
                 code = 2 if isinstance(error, (InputError, OSError)) else 1
                 line = " ".join(f"process {jax.process_index()} stopped: {error or type(error).__name__}".split())
-                _client().key_value_set(_FAILED, json.dumps([jax.process_index(), code, line]), allow_overwrite=True)
                 # Before JAX's own handler, which would wait at a barrier for processes that wait for this one.
                 atexit.register(_leave, code)
+                _client().key_value_set(_FAILED, json.dumps([jax.process_index(), code, line]), allow_overwrite=True)
             raise
 
     return run
@@ -185,8 +185,8 @@ def _initialize(*place, **options) -> None:
 
 
 def _follow() -> None:
-    """Ends this process when another has failed on its own: in a collective it would wait for it until JAX, after 100
-    seconds without a sign of life, aborts it."""
+    """Ends this process when another has failed on its own: in a collective it would wait for it until JAX, after
+    _HEARTBEAT_SECONDS without a sign of life, aborts it."""
     while True:
         try:
             process, code, line = json.loads(_client().blocking_key_value_get(_FAILED, _LONGEST_WAIT))
