@@ -1,14 +1,20 @@
 """Orbax checkpoints of a run: saved in the background, restored on any mesh, kept with the resolved config.
 
-A workdir holds checkpoints/STEP/{model,optimizer}, config.json and the tokenizer. A checkpoint carries the config, too.
+A workdir holds checkpoints/STEP/{model,optimizer,checksums.json}, config.json and the tokenizer. A checkpoint carries
+the config, too.
 """
 
 import contextlib
+import errno
+import itertools
 import json
 import math
+import os
 import shutil
 import sys
-from collections.abc import Iterable, Iterator
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +22,14 @@ import jax
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
+from llada_jax import integrity, processes
 from llada_jax.config import InputError, ModelConfig, RunConfig, differences, model_config, run_config
+from llada_jax.events import Events
 from llada_jax.model import Transformer
 from llada_jax.sharding import require_divides, require_mesh
 from llada_jax.train_step import TrainState
+
+_WRITING, _REMOVING, _DAMAGED = ".writing", ".removing", ".damaged"  # behind the step, until it is complete or after
 
 # What may change between two runs in one workdir; everything else is refused.
 _HARMLESS = (
@@ -27,51 +37,173 @@ _HARMLESS = (
     "config.train.microbatches", "config.train.steps", "config.data.threads", "config.checkpoint.", "config.mesh.",
     "config.model.remat", "config.model.attention_kernel",
 )  # fmt: skip
+_WITH_PERMISSION = ("config.optimizer.schedule",)  # what may with --allow_config_change
 
 
 class Checkpointer:
-    """Saves every so many steps without stopping the loop, keeps the newest few, restores the newest."""
+    """Saves in the background, keeps the newest few and every so many for good, finds the newest that is undamaged.
+
+    A checkpoint gets its name when it is complete and its checksums are written: what was being written when the
+    process was killed has another name, and goes when the next run begins.
+    """
 
     def __init__(self, workdir: str | Path, config: RunConfig):
-        training: Any = ocp.training  # its policies do not match the types of its own protocol
-        self._metadata = {"config": config.to_dict()}
+        self._config, self._options = config.to_dict(), config.checkpoint
         self._directory = Path(workdir).resolve() / "checkpoints"
-        self._orbax = training.Checkpointer(
-            epath.Path(self._directory),
-            save_decision_policy=training.save_decision_policies.FixedIntervalPolicy(config.checkpoint.every_steps),
-            preservation_policy=training.preservation_policies.LatestN(config.checkpoint.keep),
-            cleanup_tmp_directories=True,
-        )
+        self._events = Events(workdir)
+        self._saving: tuple[int, threading.Thread] | None = None
+        self._failure = ""  # of the last save
+        processes.once(self._sweep)
 
-    @property
-    def latest(self) -> int | None:
-        """The newest step that was saved completely."""
-        return None if self._orbax.latest is None else self._orbax.latest.step
+    def newest(self) -> int | None:
+        """The newest step whose files are as they were written; damaged ones are moved aside. None: there is none.
 
-    def save(self, step: int, state: TrainState, *, force: bool = False) -> None:
-        """Starts saving if it is time to (or with `force`); the arrays are copied, so training may go on."""
-        if force and step == self.latest:
+        Raises InputError when there were some and none is left.
+        """
+        moved = []
+        while (step := processes.once(lambda: max(saved_steps(self._directory), default=None))) is not None:
+            found = integrity.damage(self._place(step), jax.process_index(), jax.process_count())
+            causes = list(filter(None, processes.gathered(found)))
+            if not causes:
+                return step
+            moved.append(processes.once(lambda step=step, cause=causes[0]: self._move_aside(step, cause)))
+        if moved:
+            raise InputError(
+                f"{self._directory}: every checkpoint was damaged and is moved aside ({', '.join(moved)}); copy one "
+                "back, or run again to begin at step 0"
+            )
+        return None
+
+    def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """The state of a checkpoint, as arrays sharded like those of `like`, and the notes saved with it."""
+        with readable(self._place(step)), frugal(jax.tree.leaves(like)):
+            parts = ocp.load_checkpointables(str(self._place(step)), _abstract(_parts(like)))
+            metadata: Any = ocp.checkpointables_metadata(str(self._place(step))).custom_metadata
+        leaves = [parts[part][name] for part, name in _names(like)]
+        return jax.tree.unflatten(jax.tree.structure(like), leaves), (metadata or {}).get("notes", {})
+
+    def due(self, step: int) -> bool:
+        return step % self._options.every_steps == 0
+
+    def save(
+        self, step: int, state: TrainState, notes: dict[str, Any] | None = None, *,
+        first: Callable[[], None] = lambda: None,
+    ) -> None:  # fmt: skip
+        """Starts saving, with `notes` in JSON's types; the arrays are copied, so training may go on.
+
+        first: what must have been done before the checkpoint is visible; done in the background, too. Waits for an
+        earlier save. What fails is an event, and does not end the run: the next save tries again.
+        """
+        self._wait()
+        processes.once(self._make_room)
+        self._failure = ""
+        context = frugal(jax.tree.leaves(state))
+        context.atomicity.mode = "commit_file"  # no renaming: that is done here, after the checksums
+        metadata = {"config": self._config, "notes": notes or {}}
+        try:
+            with context:
+                writing = ocp.save_checkpointables_async(
+                    str(self._place(step, _WRITING)), _parts(state), custom_metadata=metadata
+                )
+        except Exception as error:
+            self._report_failure(step, error)
             return
-        with frugal(jax.tree.leaves(state)):
-            self._orbax.save_checkpointables_async(step, _parts(state), force=force, custom_metadata=self._metadata)
+        thread = threading.Thread(target=self._complete, args=(step, writing, first), daemon=True)
+        thread.start()
+        self._saving = step, thread
 
-    def restore(self, like: TrainState) -> TrainState:
-        """The newest checkpoint, as arrays sharded like those of `like`."""
-        with _readable(self._directory / str(self.latest)), frugal(jax.tree.leaves(like)):
-            parts = self._orbax.load_checkpointables(None, _abstract(_parts(like)))
-        return jax.tree.unflatten(
-            jax.tree.structure(like),
-            [parts[part][name] for part, name in _names(like)],
-        )
+    def finish(self) -> None:
+        """Waits for the last save on every process; raises InputError if it failed."""
+        self._wait()
+        with processes.together():
+            if self._failure:
+                raise InputError(
+                    f"{self._directory}: the last save failed ({self._failure}); free some space, then run it again: "
+                    "it continues from the checkpoint before"
+                )
 
     def close(self) -> None:
-        """Waits for the last save; an error of the background writer is raised here. What was half written goes."""
+        """Lets a save that is under way come to its end, unless that needs other processes."""
+        if jax.process_count() == 1:
+            self._wait()
+        if processes.is_first() and self._failure:  # then threads of TensorStore go on writing for a while
+            quiet = 0
+            while quiet < 10:
+                quiet = 0 if any(self._directory.glob(f"*{_WRITING}")) else quiet + 1
+                self._sweep()
+                time.sleep(0.1)
+
+    def _complete(self, step: int, writing, first: Callable[[], None]) -> None:
+        """In the background: waits for Orbax on all processes; the first one gives the checkpoint its name."""
         try:
-            self._orbax.close()
-        finally:
-            if jax.process_index() == 0:
-                for path in self._directory.glob("*.orbax-checkpoint-tmp"):
-                    shutil.rmtree(path, ignore_errors=True)
+            writing.result()
+            first()
+            if processes.is_first():
+                integrity.write_checksums(self._place(step, _WRITING))
+                self._place(step, _WRITING).rename(self._place(step))
+                self._remove_old()
+        except Exception as error:
+            self._report_failure(step, error)
+
+    def _report_failure(self, step: int, error: Exception) -> None:
+        self._failure = _root_cause(error)
+        action = "goes on with the checkpoints before; the next save tries again"
+        if processes.is_first():
+            self._sweep()  # before anything else is written to what may be a full disk
+            self._tell("save failed", step, self._failure, action)
+
+    def _wait(self) -> None:
+        if self._saving is not None:
+            self._saving[1].join()
+        self._saving = None
+
+    def _place(self, step: int, suffix: str = "") -> Path:
+        return self._directory / f"{step}{suffix}"
+
+    def _move_aside(self, step: int, cause: str) -> str:
+        suffixes = itertools.chain([_DAMAGED], (f"{_DAMAGED}{i}" for i in itertools.count(2)))
+        place = next(path for path in (self._place(step, suffix) for suffix in suffixes) if not path.exists())
+        self._place(step).rename(place)
+        self._tell("checkpoint damaged", step, cause, f"moved to {place.name}; the one before is taken")
+        return place.name
+
+    def _make_room(self) -> None:
+        self._sweep()
+        self._remove_old()  # where `keep` is smaller than it was
+
+    def _remove_old(self) -> None:
+        every, steps = self._options.keep_every_steps, sorted(saved_steps(self._directory))
+        for step in steps[: -self._options.keep]:
+            if not every or step % every:
+                self._place(step).rename(self._place(step, _REMOVING))  # so that none is ever seen half removed
+                shutil.rmtree(self._place(step, _REMOVING))
+
+    def _sweep(self) -> None:
+        """Removes what was not written, or not removed, to the end."""
+        for pattern in (f"*{_WRITING}", f"*{_REMOVING}", "*.orbax-checkpoint-tmp"):
+            for path in self._directory.glob(pattern):
+                shutil.rmtree(path, ignore_errors=True)
+
+    def _tell(self, event: str, step: int, cause: str, action: str) -> None:
+        print(f"step {step}: {event}: {cause}; {action}", file=sys.stderr)
+        self._events.write(event, step=step, cause=cause, action=action)
+
+
+def saved_steps(directory: Path) -> list[int]:
+    """The steps of which there is a complete checkpoint in a directory, in no order."""
+    if not directory.is_dir():
+        return []
+    return [int(path.name) for path in directory.iterdir() if path.name.isdigit() and path.is_dir()]
+
+
+def place_of(workdir: str | Path, step: int | None = None) -> Path:
+    """The directory of a checkpoint, by default the newest. Raises InputError if there is none."""
+    directory = Path(workdir).resolve() / "checkpoints"
+    steps = sorted(saved_steps(directory))
+    if not steps or step not in (None, *steps):
+        holds = f"; there are {', '.join(map(str, steps))}" if steps else ""
+        raise InputError(f"{directory}: no checkpoint{'' if step is None else f' of step {step}'} in it{holds}")
+    return directory / str(steps[-1] if step is None else step)
 
 
 def load_model(path: str | Path, mesh=None, dtype: str | None = "float32") -> Transformer:
@@ -90,7 +222,7 @@ def load_model(path: str | Path, mesh=None, dtype: str | None = "float32") -> Tr
         if orbax.latest is None:
             raise InputError(f"{directory}: no complete checkpoint in it yet")
         place = directory / str(orbax.latest.step)
-        with _readable(place):
+        with readable(place):
             metadata: Any = orbax.checkpointables_metadata(None).metadata
             stored = (metadata or {}).get("model")
             if not stored:
@@ -109,20 +241,26 @@ def load_model(path: str | Path, mesh=None, dtype: str | None = "float32") -> Tr
 
 
 @contextlib.contextmanager
-def _readable(place: Path) -> Iterator[None]:
+def readable(place: Path) -> Iterator[None]:
     """Whatever Orbax and TensorStore raise for missing and damaged files becomes one line."""
     try:
         yield
     except InputError:
         raise
     except Exception as error:
-        root: BaseException = error
-        while root.__cause__ or root.__context__:
-            root = root.__cause__ or root.__context__ or root
-        if not isinstance(root, Exception):  # Ctrl-C or a kill
-            raise root from None
-        text = " ".join(str(root).split())[:200] or type(root).__name__
-        raise InputError(f"{place}: damaged or incomplete ({text}); remove it or copy it again") from error
+        message = f"{place}: damaged or incomplete ({_root_cause(error)}); remove it or copy it again"
+        raise InputError(message) from error
+
+
+def _root_cause(error: Exception) -> str:
+    """One line of what made Orbax or TensorStore fail."""
+    root: BaseException = error
+    while root.__cause__ or root.__context__:
+        root = root.__cause__ or root.__context__ or root
+    if not isinstance(root, Exception):  # Ctrl-C or a kill
+        raise root from None
+    text, full = " ".join(str(root).split()), os.strerror(errno.ENOSPC)
+    return full.lower() if full in text else text[:200] or type(root).__name__
 
 
 def frugal(arrays: Iterable[Any], *, ocdbt: bool = True) -> Any:
@@ -168,25 +306,32 @@ def load_config(workdir: str | Path) -> dict:
     return config
 
 
-def claim_workdir(workdir: str | Path, config: RunConfig) -> None:
+def claim_workdir(workdir: str | Path, config: RunConfig, *, allow_change: bool = False) -> None:
     """Writes config.json into a new workdir; refuses one that holds a run with another model, data or recipe.
 
-    For one process alone.
+    allow_change: the learning rate may differ. What differs is an event. For one process alone.
     """
     workdir = Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
+    changed = []
     if (workdir / "config.json").exists():
         changed = differences(_with_defaults(load_config(workdir)), json.loads(json.dumps(config.to_dict())))
         refused = [line for line in changed if not line.startswith(_HARMLESS)]
+        if refused and allow_change:
+            refused = [line for line in refused if not line.startswith(_WITH_PERMISSION)]
+        elif refused and all(line.startswith(_WITH_PERMISSION) for line in refused):
+            raise InputError(f"{workdir}: {'; '.join(refused)}; --allow_config_change continues with the new one")
         if refused:
             raise InputError(
                 f"{workdir} holds another run: {'; '.join(refused)}. Choose another --workdir, or undo the change"
             )
-        if changed:
-            print(f"{workdir}: continuing with {'; '.join(changed)}", file=sys.stderr)
     temporary = workdir / "config.json.tmp"
     temporary.write_text(json.dumps(config.to_dict(), indent=1, sort_keys=True, ensure_ascii=False))
     temporary.replace(workdir / "config.json")
+    if changed:
+        print(f"{workdir}: continuing with {'; '.join(changed)}", file=sys.stderr)
+        step = max(saved_steps(workdir / "checkpoints"), default=0)
+        Events(workdir).write("config changed", step=step, cause="; ".join(changed), action="continues with the new")
 
 
 def _with_defaults(config: dict) -> dict:

@@ -178,7 +178,14 @@ def run_config(preset: str = "llada_8b") -> RunConfig:
             sample_prompt="",
         )
     )
-    config.checkpoint = ConfigDict(dict(every_steps=1000, keep=3))  # checkpoint.py
+    config.checkpoint = ConfigDict(  # checkpoint.py
+        dict(
+            every_steps=1000,
+            every_minutes=0.0,  # and whenever so many have passed since the last save; 0: by steps only; train.py
+            keep=3,  # the newest ones
+            keep_every_steps=0,  # and for good those of every so many steps; 0: none
+        )
+    )
     return config
 
 

@@ -18,21 +18,25 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-from llada_jax import checkpoint, cli, compiler_options, losses, optimizer, processes, sharding, train_step
+from llada_jax import checkpoint, cli, compiler_options, losses, optimizer, processes, requests, sharding, train_step
 from llada_jax.attention import kernel_for
 from llada_jax.config import InputError, ModelConfig, RunConfig, model_config
 from llada_jax.data import pipeline, prepare, sources
 from llada_jax.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from llada_jax.events import Events
 from llada_jax.interop import hf
 from llada_jax.metrics import Reporter
 from llada_jax.model import parameter_count
 from llada_jax.sampling import chat
 
 
-def train(config: RunConfig, workdir: str | Path, *, title: str = "train") -> dict[str, float]:
+def train(
+    config: RunConfig, workdir: str | Path, *, title: str = "train", allow_config_change: bool = False
+) -> dict[str, float]:
     """Runs what `config` says in `workdir`, from its newest checkpoint if it has one; returns the last scalars.
 
-    Raises InputError for whatever a user can get wrong, before anything is written where that is possible.
+    A run that continues may have another learning rate with `allow_config_change`. Raises InputError for whatever a
+    user can get wrong, before anything is written where that is possible; cli.Preempted after a SIGTERM.
     """
     if "://" in str(workdir):
         raise InputError(f"--workdir={workdir}: mount the bucket, with gcsfuse say, and give the mounted directory")
@@ -49,12 +53,12 @@ def train(config: RunConfig, workdir: str | Path, *, title: str = "train") -> di
         tokenizer, rows, validation = open_data(config, workdir)
         model = fit_to_tokenizer(config, tokenizer)
         sharding.require_divides(model, mesh, config.data.row_length)
-        processes.once(lambda: _claim(workdir, config, tokenizer))
+        processes.once(lambda: _claim(workdir, config, tokenizer, allow_config_change))
         _require_shared(workdir / "config.json")
 
     with jax.set_mesh(mesh):
         saver = checkpoint.Checkpointer(workdir, config)
-        state = _start(config, model, optax_optimizer, saver, mesh, options)
+        state, notes = _start(config, model, optax_optimizer, saver, mesh, options)
         first = int(state.step)
         schedule = optimizer.make_schedule(config.optimizer.schedule, **_phases(config))
         with processes.together():
@@ -62,6 +66,7 @@ def train(config: RunConfig, workdir: str | Path, *, title: str = "train") -> di
                 workdir, model, rows=rows_per_step, length=config.data.row_length,
                 tokens_per_byte=_tokens_per_byte(rows), schedule=schedule,
                 total_steps=total, first_step=first, log_every=config.train.log_every, title=title,
+                notes=notes,
             )  # fmt: skip
         reporter.say(_opening(model, mesh, workdir, first, total, title))
         for line in refused:
@@ -71,9 +76,16 @@ def train(config: RunConfig, workdir: str | Path, *, title: str = "train") -> di
         key = jax.random.fold_in(jax.random.key(config.train.seed), 1)
         evaluate = lambda model: _evaluate(eval_fn, model, config, validation, tokenizer, mesh)
         batches = _batches(config, rows, tokenizer, first, mesh)
+        asked = requests.Requests(mesh, config.checkpoint.every_minutes)
         try:
             evaluate = evaluate if validation else None
-            return _loop(config, state, step_fn, key, batches, evaluate, tokenizer, saver, reporter, first)
+            with asked:
+                last = _loop(config, state, step_fn, key, batches, evaluate, tokenizer, saver, reporter, first, asked)
+                saver.finish()
+            return last
+        except cli.Preempted as preempted:
+            Events(workdir).write("preemption", step=preempted.step, cause="SIGTERM", action="saved and stopped")
+            raise
         finally:
             saver.close()
             reporter.close()
@@ -97,22 +109,26 @@ def _phases(config: RunConfig) -> dict[str, int]:
     return dict(total_steps=config.train.steps, tokens_per_step=config.train.batch_size * config.data.row_length)
 
 
-def _start(config: RunConfig, model: ModelConfig, optax_optimizer, saver, mesh, options) -> train_step.TrainState:
-    """The state of the newest checkpoint; else a fresh one, with the weights of `init_from` if that is set."""
+def _start(config: RunConfig, model: ModelConfig, optax_optimizer, saver, mesh, options):
+    """State and notes of the newest checkpoint; else a fresh state, with the weights of `init_from` if that is set."""
     init = jax.jit(train_step.init_state, static_argnums=(0, 1), compiler_options=options)
     state = init(model, optax_optimizer, jax.random.key(config.train.seed))
-    if saver.latest is not None:
-        return saver.restore(state)
+    newest = saver.newest()
+    if newest is not None:
+        return saver.restore(newest, state)
     if config.train.init_from:
         weights = jax.tree.leaves(hf.load(config.train.init_from, "float32", mesh))
         state.model = jax.tree.unflatten(jax.tree.structure(state.model), weights)
-    return state
+    return state, {}
 
 
-def _loop(config, state, step_fn, key, batches, evaluate, tokenizer, saver, reporter, first) -> dict[str, float]:
+def _loop(
+    config, state, step_fn, key, batches, evaluate, tokenizer, saver, reporter, first, asked: requests.Requests
+) -> dict[str, float]:
     """Steps until the batches end; returns the scalars of the last validation.
 
-    Metrics are fetched one step late, so that the device never waits for the host.
+    Metrics are fetched one step late, so that the device never waits for the host. All that is reported of a step is
+    on the disk before its checkpoint: a run that continues from that repeats nothing and misses nothing.
     """
     total, last, pending = config.train.steps, {}, None
     for step, batch, waited in _timed(batches, first):
@@ -120,22 +136,33 @@ def _loop(config, state, step_fn, key, batches, evaluate, tokenizer, saver, repo
         if pending is not None:
             reporter.step(*pending)
         pending = (step, metrics, waited)
-        saver.save(step, state, force=step == total)
-        if evaluate is not None and _due(step, config.train.eval_every, total):
+        request = asked.poll()
+        evaluating = evaluate is not None and _due(step, config.train.eval_every, total)
+        sampling = config.train.sample_prompt and _due(step, config.train.sample_every, total)
+        saving = step == total or saver.due(step) or request != requests.NOTHING
+        if evaluating or sampling or saving:
             reporter.step(*pending)
             pending = None
+        if evaluating:
+            assert evaluate is not None
             last = reporter.evaluation(step, evaluate(state.model))
             reporter.restart_clock()
-        if config.train.sample_prompt and _due(step, config.train.sample_every, total):
+        if sampling:
             reporter.text(step, "sample", chat.complete(state.model, tokenizer, config.train.sample_prompt))
             reporter.restart_clock()
+        if saving:
+            saver.save(step, state, reporter.notes(), first=reporter.flush)
+            asked.saved()
+        if request == requests.STOP and step < total:
+            saver.finish()
+            raise cli.Preempted(step)
     if pending is not None:
         reporter.step(*pending)
     return last
 
 
-def _claim(workdir: Path, config: RunConfig, tokenizer: Tokenizer) -> None:
-    checkpoint.claim_workdir(workdir, config)
+def _claim(workdir: Path, config: RunConfig, tokenizer: Tokenizer, allow_change: bool) -> None:
+    checkpoint.claim_workdir(workdir, config, allow_change=allow_change)
     tokenizer.save(workdir / "tokenizer")
     if config.train.init_from:
         hf.copy_companions(config.train.init_from, workdir / "tokenizer")
@@ -279,6 +306,9 @@ def check(config: RunConfig, devices: int) -> None:
     for name in ("steps", "batch_size", "microbatches", "log_every"):
         if t[name] < 1:
             raise InputError(f"config.train.{name} is {t[name]}, must be at least 1")
+    for name in ("every_steps", "keep"):
+        if config.checkpoint[name] < 1:
+            raise InputError(f"config.checkpoint.{name} is {config.checkpoint[name]}, must be at least 1")
     shards = devices if -1 in dict(config.mesh).values() else config.mesh.data * config.mesh.fsdp
     if -1 in dict(config.mesh).values():
         shards //= max(config.mesh.tensor, 1) * max(config.mesh.context, 1)
@@ -359,11 +389,12 @@ def main(_argv: list[str]) -> None:
     config, workdir = flags.FLAGS.config, flags.FLAGS.workdir
     if config is None or not workdir:
         raise InputError("--config=configs/NAME.py and --workdir=DIR are needed")
-    train(config, workdir)
+    train(config, workdir, allow_config_change=flags.FLAGS.allow_config_change)
 
 
 if __name__ == "__main__":  # flags are defined here, so that other programs may import train()
     processes.define_flags()
     config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
     flags.DEFINE_string("workdir", None, "Where checkpoints, logs and the resolved config go.")
+    flags.DEFINE_bool("allow_config_change", False, "Continue a run with another config.optimizer.schedule.")
     cli.run(processes.joined(main))

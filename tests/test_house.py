@@ -9,7 +9,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "llada_jax"
 FLOORS = [
     {"config"},
-    {"processes"},
+    {"processes", "integrity", "logs", "requests"},
+    {"events"},
     {"sharding", "compiler_options", "cli", "checks"},
     {"attention", "diffusion", "optimizer"},
     {"model", "data"},

@@ -195,6 +195,13 @@ def test_babysitting_restarts_what_crashed_and_replaces_what_is_silent(fake):
     ]  # fmt: skip
 
 
+def test_babysitting_starts_a_run_again_that_was_told_to_stop_and_counts_no_retry(fake):
+    tell(fake, states=["ACTIVE"], runs=["EXITED 75", "RUNNING", "EXITED 75", "EXITED 0"])
+    done = babysit("--retries=0", *TRAIN, fake=fake)
+    assert done.returncode == 0, done.stderr
+    assert actions(fake).count("run") == 2 and "has saved; it starts again" in done.stderr
+
+
 @pytest.mark.parametrize(
     "script, flags, code, message",
     [

@@ -241,7 +241,7 @@ def checkpoint() -> None:
                 step()
             without = time.perf_counter() - start
             start = time.perf_counter()
-            saver.save(i, step.state, force=True)
+            saver.save(i, step.state)
             blocked.append(time.perf_counter() - start)
             for _ in range(STEPS.value):
                 step()

@@ -95,7 +95,9 @@ class Tokenizer:
         for source, name in self._model.files(self.path):
             copies.append(directory / name)
             if not (copies[-1].exists() and copies[-1].samefile(source)):
-                shutil.copyfile(source, copies[-1])
+                partial = directory / f".{name}.{os.getpid()}"
+                shutil.copyfile(source, partial)
+                partial.replace(copies[-1])  # at once: a run that was killed here finds the old one or the new
         return copies
 
 
