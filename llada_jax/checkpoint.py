@@ -16,6 +16,7 @@ import jax
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
+from llada_jax import untrusted
 from llada_jax.config import InputError, ModelConfig, RunConfig, differences, model_config, run_config
 from llada_jax.model import Transformer
 from llada_jax.sharding import require_mesh
@@ -24,7 +25,8 @@ from llada_jax.train_step import TrainState
 # What may change between two runs in one workdir; everything else is refused.
 _HARMLESS = (
     "config.train.log_every", "config.train.eval_every", "config.train.sample_every", "config.train.sample_prompt",
-    "config.train.microbatches", "config.train.steps", "config.data.threads", "config.checkpoint.", "config.mesh.",
+    "config.train.microbatches", "config.train.steps", "config.data.threads", "config.data.on_damage",
+    "config.checkpoint.", "config.mesh.",
     "config.model.remat", "config.model.attention_kernel",
 )  # fmt: skip
 
@@ -90,6 +92,7 @@ def load_model(path: str | Path, mesh=None, dtype: str | None = "float32") -> Tr
         if orbax.latest is None:
             raise InputError(f"{directory}: no complete checkpoint in it yet")
         place = directory / str(orbax.latest.step)
+        untrusted.require_files(place)
         with _readable(place):
             metadata: Any = orbax.checkpointables_metadata(None).metadata
             stored = (metadata or {}).get("model")
@@ -158,12 +161,10 @@ def load_config(workdir: str | Path) -> dict:
     path = Path(workdir) / "config.json"
     if not path.is_file():
         raise InputError(f"{workdir}: no config.json in it; give the --workdir of a training run")
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
-        raise InputError(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(config, dict):
-        raise InputError(f"{path}: not a JSON object")
+    config = untrusted.read_json(path)
+    for group in run_config():
+        if not isinstance(config.get(group, {}), dict):
+            raise InputError(f"{path}: config.{group} is {config[group]!r}, not a group of fields")
     return config
 
 

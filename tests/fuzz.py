@@ -1,0 +1,258 @@
+"""Damaged and hostile files of every format that a user can hand in: what was there, or one clear line; nothing else.
+
+python tests/fuzz.py [--inputs=10000] [--formats=parquet,manifest] [--seed=0]
+
+Every input is one change or several of one valid file; input i of a format is a function of (seed, format, i). Each
+format is read in a process of its own, so that a crash of a native library, or a hang, is a result like another.
+"""
+
+import argparse
+import json
+import os
+import random
+import resource
+import select
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
+
+HANG_SECONDS = 20  # for one input
+MEMORY = 6 * 2**30  # bytes that a reader may ask for before it is told that there is no more
+NASTY = (
+    None, True, False, -1, 0, 1, 2, 2**31 - 1, 2**31, 2**63, 2**64, -(2**63), 10**400, 0.5, 1e308, float("nan"), "",
+    "x", "..", "../x", "/etc/passwd", "a/b", "a\0b", "\ud800", "{{ 1 }}", "x" * 5000, [], {}, [[]], [None], ["x"] * 300,
+    {"x": 1}, {"content": 1}, {"__class__": "os.system"},
+)  # fmt: skip
+DEEP = "[" * 20000
+NUMBERS = (0, 1, 2**7, 2**15, 2**31 - 1, 2**31, 2**32 - 1, 2**60, 2**63 - 1, 2**63, 2**64 - 1)
+
+
+def mutated(draw: random.Random, name: str, data: bytes) -> bytes:
+    """`data` with one to four changes: of the values where the file is JSON, else of the bytes."""
+    changes = draw.choice((1, 1, 1, 2, 4))
+    if name.endswith((".json", ".jsonl")) and draw.random() < 0.75:
+        lines = data.decode().split("\n") if name.endswith(".jsonl") else [data.decode()]
+        for _ in range(changes):
+            at = draw.randrange(len(lines))
+            lines[at] = _changed_json(draw, lines[at])
+        return "\n".join(lines).encode(errors="surrogatepass")
+    for _ in range(changes):
+        data = _changed_bytes(draw, data)
+    return data
+
+
+def _changed_json(draw: random.Random, text: str) -> str:
+    try:
+        root = [json.loads(text)]
+    except (ValueError, RecursionError):  # by an earlier change
+        return text
+    if draw.random() < 0.01:
+        return DEEP
+    parents = []
+    pending = [root]
+    while pending:
+        node = pending.pop()
+        keys = list(node) if isinstance(node, dict) else range(len(node))
+        parents += [(node, key) for key in keys]
+        pending += [node[key] for key in keys if isinstance(node[key], (dict, list))]
+    node, key = draw.choice(parents) if len(parents) == 1 or draw.random() < 0.98 else parents[0]
+    kind = draw.randrange(6)
+    if kind == 0 and node is not root:
+        del node[key]
+    elif kind == 1 and isinstance(node, dict):
+        node[draw.choice(("x", "", "..", "shape", "model", "text", key.upper()))] = node.pop(key)
+    elif kind == 2:
+        node[key] = draw.choice(draw.choice(parents)[:1])  # another part of the file, perhaps itself
+    elif kind == 3 and isinstance(node[key], int):
+        node[key] = node[key] + draw.choice((-1, 1, 2**16, -(2**33)))
+    elif kind == 4 and isinstance(node[key], str):
+        node[key] = _changed_bytes(draw, node[key].encode(errors="ignore")).decode(errors="replace")
+    else:
+        node[key] = draw.choice(NASTY)
+    try:
+        return json.dumps(root[0])
+    except (ValueError, RecursionError):  # it holds itself
+        return text
+
+
+def _changed_bytes(draw: random.Random, data: bytes) -> bytes:
+    if not data:
+        return draw.randbytes(draw.randrange(20))
+    at, kind = draw.randrange(len(data)), draw.randrange(9)
+    end = min(len(data), at + draw.choice((1, 4, 16, 300)))
+    if kind == 0:
+        return data[:at] + bytes([data[at] ^ 1 << draw.randrange(8)]) + data[at + 1 :]
+    if kind == 1:
+        return data[:at] + bytes([draw.choice((0, 0xFF, 0x7F, 0x80, draw.randrange(256)))]) + data[at + 1 :]
+    if kind == 2:
+        width = draw.choice((1, 2, 4, 8))
+        number = draw.choice(NUMBERS) % 2 ** (8 * width)
+        return data[:at] + number.to_bytes(width, draw.choice(("little", "big"))) + data[at + width :]
+    if kind == 3:
+        return data[:at]
+    if kind == 4:
+        return data[:at] + data[end:]
+    if kind == 5:
+        return data[:at] + data[at:end] * draw.choice((2, 3, 1000)) + data[end:]
+    if kind == 6:
+        return data[:at] + draw.randbytes(end - at) + data[end:]
+    if kind == 7:
+        return data[:at] + bytes(end - at) + data[end:]
+    start = draw.choice((0, max(0, len(data) - 200)))  # headers and footers
+    at = min(len(data) - 1, start + draw.randrange(200))
+    return data[:at] + bytes([draw.randrange(256)]) + data[at + 1 :]
+
+
+def place(draw: random.Random, path: Path, data: bytes) -> None:
+    """Puts a mutation of `data` at `path`; now and then something that is no such file."""
+    path.unlink()
+    kind = draw.randrange(60)
+    if kind == 0:
+        path.mkdir()
+    elif kind == 1:
+        path.symlink_to("gone")
+    elif kind == 2:
+        os.mkfifo(path)
+    elif kind == 3:
+        path.write_bytes(b"")
+    elif kind == 4:
+        path.symlink_to("/dev/zero")
+    elif kind > 5:  # 5: nothing is there
+        path.write_bytes(mutated(draw, path.name, data))
+
+
+def child(name: str, start: int, stop: int, seed: int) -> None:
+    """Reads inputs start, …, stop - 1 of a format; prints a line for each, and the peak memory."""
+    from fuzz_formats import FORMATS
+
+    from llada_jax.config import InputError
+
+    out = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    make, read = FORMATS[name]
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as directory:
+        root = Path(directory) / "in"
+        root.mkdir()
+        victims = make(root)
+        valid = {path: path.read_bytes() for path in victims}
+        read(root)
+        read(root)
+        resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
+        before = _memory("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
+        print("ready", file=out)
+        for i in range(start, stop):
+            draw = random.Random(f"{seed} {name} {i}")
+            path = draw.choice(list(valid))
+            place(draw, path, valid[path])
+            try:
+                read(root)
+                outcome = "accepted"
+            except InputError as error:
+                outcome = "refused" if "\n" not in str(error) else f"several lines: {str(error)[:300]!r}"
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:  # Rust's panics are no Exception
+                import traceback
+
+                frames = traceback.extract_tb(error.__traceback__)
+                ours = [f"{Path(f.filename).name}:{f.lineno}" for f in frames if "llada_jax" in f.filename][-2:]
+                outcome = f"{type(error).__name__} at {' '.join(ours)}: {' '.join(str(error).split())[:200]}"
+            print(f"{i} {path.relative_to(root)}: {outcome}", file=out)
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+            path.write_bytes(valid[path])
+        print(f"peak {_memory('VmHWM') - before}", file=out)
+
+
+def _memory(field: str) -> int:
+    """Bytes, as the kernel counts them."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(field)).split()[1]) * 1024
+
+
+def fuzz(name: str, inputs: int, seed: int = 0) -> dict:
+    """Reads so many inputs of a format: {"accepted", "refused", "else": {outcome: example}, "seconds", "peak"}."""
+    found, start, began, peak = Counter(), 0, time.monotonic(), 0
+    other: dict[str, str] = {}
+    while start < inputs:
+        command = [sys.executable, __file__, f"--child={name}", f"--start={start}", f"--inputs={inputs}"]
+        with tempfile.TemporaryFile() as errors:
+            process = subprocess.Popen(
+                [*command, f"--seed={seed}"], stdout=subprocess.PIPE, stderr=errors, bufsize=0,
+                env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONWARNINGS": "ignore"},
+            )  # fmt: skip
+            for line in _lines(process):
+                if line == "ready":
+                    continue
+                head, _, outcome = line.partition(": ")
+                if head.startswith("peak "):
+                    peak = max(peak, int(head.split()[1]))
+                    continue
+                start = int(head.split()[0]) + 1
+                found[outcome if outcome in ("accepted", "refused") else "else"] += 1
+                if outcome not in ("accepted", "refused"):
+                    other.setdefault(outcome, head)
+            code = process.wait()
+            if code:
+                errors.seek(0)
+                tail = errors.read().decode(errors="replace")[-1500:]
+                found["else"] += 1
+                other.setdefault(f"{'hang' if code == -9 else 'crash'} {code}: {tail}", str(start))
+                if not found["accepted"] + found["refused"] and start == 0 and code != -9:
+                    break  # the format itself does not work
+                start += 1
+    return {
+        "accepted": found["accepted"], "refused": found["refused"], "anything else": found["else"], "else": other,
+        "seconds": time.monotonic() - began, "peak": peak,
+    }  # fmt: skip
+
+
+def _lines(process):
+    """The lines that a child prints; it is killed if none comes for long."""
+    pending = b""
+    while True:
+        if not select.select([process.stdout], [], [], HANG_SECONDS)[0]:
+            process.kill()
+            return
+        data = os.read(process.stdout.fileno(), 2**16)
+        if not data:
+            return
+        *lines, pending = (pending + data).split(b"\n")
+        yield from (line.decode(errors="replace") for line in lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--inputs", type=int, default=10_000)
+    parser.add_argument("--formats", default="")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--child", default="")
+    parser.add_argument("--start", type=int, default=0)
+    given = parser.parse_args()
+    if given.child:
+        child(given.child, given.start, given.inputs, given.seed)
+        return
+    from fuzz_formats import FORMATS
+
+    print("| format | inputs | accepted | refused with a clear line | anything else | seconds | peak MB |")
+    print("|---|---|---|---|---|---|---|", flush=True)
+    failed = False
+    for name in filter(None, given.formats.split(",")) if given.formats else FORMATS:
+        told = fuzz(name, given.inputs, given.seed)
+        numbers = (given.inputs, told["accepted"], told["refused"], told["anything else"])
+        print(f"| {name} | {' | '.join(map(str, numbers))} | {told['seconds']:.0f} | {told['peak'] / 1e6:.0f} |")
+        for outcome, example in told["else"].items():
+            print(f"    {example}: {outcome}")
+            failed = True
+        sys.stdout.flush()
+    sys.exit(failed)
+
+
+if __name__ == "__main__":
+    main()
