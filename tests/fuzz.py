@@ -17,12 +17,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
+import traceback
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
-HANG_SECONDS = 20  # for one input
+HANG_SECONDS, START_SECONDS = 20, 180  # for one input, and before the first
 MEMORY = 6 * 2**30  # bytes that a reader may ask for before it is told that there is no more
 NASTY = (
     None, True, False, -1, 0, 1, 2, 2**31 - 1, 2**31, 2**63, 2**64, -(2**63), 10**400, 0.5, 1e308, float("nan"), "",
@@ -127,47 +128,43 @@ def place(draw: random.Random, path: Path, data: bytes) -> None:
         path.write_bytes(mutated(draw, path.name, data))
 
 
-def child(name: str, start: int, stop: int, seed: int) -> None:
-    """Reads inputs start, …, stop - 1 of a format; prints a line for each, and the peak memory."""
+def child(name: str, start: int, stop: int, seed: int, out) -> None:
+    """Reads inputs start, …, stop - 1 of a format; writes a line for each, and the peak memory."""
     from fuzz_formats import FORMATS
 
-    from llada_jax.config import InputError
-
-    out = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)
     make, read = FORMATS[name]
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as directory:
         root = Path(directory) / "in"
         root.mkdir()
-        victims = make(root)
-        valid = {path: path.read_bytes() for path in victims}
+        valid = {path: path.read_bytes() for path in make(root)}
         read(root)
         read(root)
-        resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
         before = _memory("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
-        print("ready", file=out)
         for i in range(start, stop):
             draw = random.Random(f"{seed} {name} {i}")
             path = draw.choice(list(valid))
             place(draw, path, valid[path])
-            try:
-                read(root)
-                outcome = "accepted"
-            except InputError as error:
-                outcome = "refused" if "\n" not in str(error) else f"several lines: {str(error)[:300]!r}"
-            except KeyboardInterrupt:
-                raise
-            except BaseException as error:  # Rust's panics are no Exception
-                import traceback
-
-                frames = traceback.extract_tb(error.__traceback__)
-                ours = [f"{Path(f.filename).name}:{f.lineno}" for f in frames if "llada_jax" in f.filename][-2:]
-                outcome = f"{type(error).__name__} at {' '.join(ours)}: {' '.join(str(error).split())[:200]}"
-            print(f"{i} {path.relative_to(root)}: {outcome}", file=out)
+            print(f"{name} {i} {path.relative_to(root)}: {_outcome(read, root)}", file=out)
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
             path.write_bytes(valid[path])
-        print(f"peak {_memory('VmHWM') - before}", file=out)
+        print(f"{name} peak: {_memory('VmHWM') - before}", file=out)
+
+
+def _outcome(read, root: Path) -> str:
+    from llada_jax.config import InputError
+
+    try:
+        read(root)
+        return "accepted"
+    except InputError as error:
+        return "refused" if "\n" not in str(error) else f"several lines: {str(error)[:300]!r}"
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # Rust's panics are no Exception
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if "llada_jax" in f.filename]
+        places = " ".join(f"{Path(f.filename).name}:{f.lineno}" for f in frames[-2:])
+        return f"{type(error).__name__} at {places}: {' '.join(str(error).split())[:200]}"
 
 
 def _memory(field: str) -> int:
@@ -176,55 +173,53 @@ def _memory(field: str) -> int:
     return int(next(line for line in lines if line.startswith(field)).split()[1]) * 1024
 
 
-def fuzz(name: str, inputs: int, seed: int = 0) -> dict:
-    """Reads so many inputs of a format: {"accepted", "refused", "else": {outcome: example}, "seconds", "peak"}."""
-    found, start, began, peak = Counter(), 0, time.monotonic(), 0
-    other: dict[str, str] = {}
-    while start < inputs:
-        command = [sys.executable, __file__, f"--child={name}", f"--start={start}", f"--inputs={inputs}"]
+def fuzz(names: Sequence[str], inputs: int, seed: int = 0) -> dict[str, dict]:
+    """Reads so many inputs of each format: {name: {"accepted", "refused", "else": {outcome: input}, "seconds", …}}."""
+    told = {name: {"accepted": 0, "refused": 0, "else": {}, "seconds": 0.0, "peak": 0} for name in names}
+    left, start = list(names), 0
+    while left:
         with tempfile.TemporaryFile() as errors:
             process = subprocess.Popen(
-                [*command, f"--seed={seed}"], stdout=subprocess.PIPE, stderr=errors, bufsize=0,
-                env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONWARNINGS": "ignore"},
+                [sys.executable, __file__, f"--child={','.join(left)}", f"--start={start}", f"--inputs={inputs}"]
+                + [f"--seed={seed}"],
+                stdout=subprocess.PIPE, stderr=errors, env=os.environ | {"JAX_PLATFORMS": "cpu"},
             )  # fmt: skip
+            since = time.monotonic()
             for line in _lines(process):
-                if line == "ready":
+                place, _, outcome = line.partition(": ")
+                name, what = place.split(" ", 1)
+                found, now = told[name], time.monotonic()
+                found["seconds"], since = found["seconds"] + now - since, now
+                if what == "peak":
+                    found["peak"] = max(found["peak"], int(outcome))
+                    left, start = left[1:], 0
                     continue
-                head, _, outcome = line.partition(": ")
-                if head.startswith("peak "):
-                    peak = max(peak, int(head.split()[1]))
-                    continue
-                start = int(head.split()[0]) + 1
-                found[outcome if outcome in ("accepted", "refused") else "else"] += 1
-                if outcome not in ("accepted", "refused"):
-                    other.setdefault(outcome, head)
-            code = process.wait()
-            if code:
+                start = int(what.split()[0]) + 1
+                if outcome in ("accepted", "refused"):
+                    found[outcome] += 1
+                else:
+                    found["else"].setdefault(outcome, what)
+            if code := process.wait():
                 errors.seek(0)
                 tail = errors.read().decode(errors="replace")[-1500:]
-                found["else"] += 1
-                other.setdefault(f"{'hang' if code == -9 else 'crash'} {code}: {tail}", str(start))
-                if not found["accepted"] + found["refused"] and start == 0 and code != -9:
-                    break  # the format itself does not work
+                told[left[0]]["else"][f"{'hang' if code == -9 else 'crash'} of code {code}: {tail}"] = str(start)
                 start += 1
-    return {
-        "accepted": found["accepted"], "refused": found["refused"], "anything else": found["else"], "else": other,
-        "seconds": time.monotonic() - began, "peak": peak,
-    }  # fmt: skip
+                if start >= inputs or sum(map(len, (told[name]["else"] for name in names))) > 20:
+                    left, start = left[1:], 0
+    return told
 
 
 def _lines(process):
     """The lines that a child prints; it is killed if none comes for long."""
-    pending = b""
-    while True:
-        if not select.select([process.stdout], [], [], HANG_SECONDS)[0]:
-            process.kill()
-            return
+    pending, patience = b"", START_SECONDS
+    while select.select([process.stdout], [], [], patience)[0]:
         data = os.read(process.stdout.fileno(), 2**16)
         if not data:
             return
         *lines, pending = (pending + data).split(b"\n")
         yield from (line.decode(errors="replace") for line in lines)
+        patience = HANG_SECONDS
+    process.kill()
 
 
 def main() -> None:
@@ -236,21 +231,28 @@ def main() -> None:
     parser.add_argument("--start", type=int, default=0)
     given = parser.parse_args()
     if given.child:
-        child(given.child, given.start, given.inputs, given.seed)
+        out = os.fdopen(os.dup(1), "w", buffering=1)
+        os.dup2(2, 1)  # what libraries print is not among our lines
+        resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
+        for i, name in enumerate(given.child.split(",")):
+            child(name, given.start if i == 0 else 0, given.inputs, given.seed, out)
         return
     from fuzz_formats import FORMATS
 
     print("| format | inputs | accepted | refused with a clear line | anything else | seconds | peak MB |")
     print("|---|---|---|---|---|---|---|", flush=True)
     failed = False
-    for name in filter(None, given.formats.split(",")) if given.formats else FORMATS:
-        told = fuzz(name, given.inputs, given.seed)
-        numbers = (given.inputs, told["accepted"], told["refused"], told["anything else"])
-        print(f"| {name} | {' | '.join(map(str, numbers))} | {told['seconds']:.0f} | {told['peak'] / 1e6:.0f} |")
+    for name in given.formats.split(",") if given.formats else FORMATS:
+        told = fuzz([name], given.inputs, given.seed)[name]
+        other = given.inputs - told["accepted"] - told["refused"]
+        print(
+            f"| {name} | {given.inputs} | {told['accepted']} | {told['refused']} | {other} | {told['seconds']:.0f} | "
+            f"{told['peak'] / 1e6:.0f} |"
+        )
         for outcome, example in told["else"].items():
             print(f"    {example}: {outcome}")
-            failed = True
         sys.stdout.flush()
+        failed = failed or other > 0 or bool(told["else"])
     sys.exit(failed)
 
 

@@ -10,6 +10,7 @@ PACKAGE = ROOT / "llada_jax"
 FLOORS = [
     {"config"},
     {"processes", "untrusted"},
+    {"events"},
     {"sharding", "compiler_options", "cli", "checks"},
     {"attention", "diffusion", "optimizer"},
     {"model", "data"},

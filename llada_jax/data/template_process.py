@@ -14,7 +14,7 @@ import time
 import jinja2
 import jinja2.sandbox
 
-SECONDS = 5  # of the processor for one rendering, which takes a millisecond
+SECONDS = 2  # of the processor for one rendering, which takes a millisecond
 MEMORY = 2**29  # bytes of address space
 CHARACTERS = 2**22  # of the rendered text
 
