@@ -2,13 +2,15 @@
 
 python tests/fuzz.py [--inputs=10000] [--formats=parquet,manifest] [--seed=0]
 
-Every input is one change or several of one valid file; input i of a format is a function of (seed, format, i). Each
-format is read in a process of its own, so that a crash of a native library, or a hang, is a result like another.
+Every input is one change or several of one valid file; input i of a format is a function of (seed, format, i). They
+are read in another process, so that a crash of a native library, or a hang, is a result like another. A class that is
+unpickled on the way is one, too.
 """
 
 import argparse
 import json
 import os
+import pickle
 import random
 import resource
 import select
@@ -18,6 +20,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,6 +33,7 @@ NASTY = (
     "x", "..", "../x", "/etc/passwd", "a/b", "a\0b", "\ud800", "{{ 1 }}", "x" * 5000, [], {}, [[]], [None], ["x"] * 300,
     {"x": 1}, {"content": 1}, {"__class__": "os.system"},
 )  # fmt: skip
+_CPU = os.environ | {"JAX_PLATFORMS": "cpu"}
 DEEP = "[" * 20000
 NUMBERS = (0, 1, 2**7, 2**15, 2**31 - 1, 2**31, 2**32 - 1, 2**60, 2**63 - 1, 2**63, 2**64 - 1)
 
@@ -130,9 +134,10 @@ def place(draw: random.Random, path: Path, data: bytes) -> None:
 
 def child(name: str, start: int, stop: int, seed: int, out) -> None:
     """Reads inputs start, …, stop - 1 of a format; writes a line for each, and the peak memory."""
-    from fuzz_formats import FORMATS
+    from fuzz_formats import FORMATS, WRONG
 
-    make, read = FORMATS[name]
+    make, read = (FORMATS | WRONG)[name]
+    unpickled = _watch_for_pickles()
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as directory:
         root = Path(directory) / "in"
         root.mkdir()
@@ -145,10 +150,23 @@ def child(name: str, start: int, stop: int, seed: int, out) -> None:
             draw = random.Random(f"{seed} {name} {i}")
             path = draw.choice(list(valid))
             place(draw, path, valid[path])
-            print(f"{name} {i} {path.relative_to(root)}: {_outcome(read, root)}", file=out)
+            outcome = _outcome(read, root)
+            if unpickled:
+                outcome = f"unpickled {unpickled.pop()}"
+            print(f"{name} {i} {path.relative_to(root)}: {outcome}", file=out)
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
             path.write_bytes(valid[path])
         print(f"{name} peak: {_memory('VmHWM') - before}", file=out)
+
+
+def _watch_for_pickles() -> list:
+    """Every class that a pickle asks for from now on, whoever reads it: Python reports them to its audit hooks."""
+    found = []
+    sys.addaudithook(lambda event, args: found.append(args) if event == "pickle.find_class" else None)
+    pickle.loads(pickle.dumps(Counter()))
+    assert found == [("collections", "Counter")]
+    found.clear()
+    return found
 
 
 def _outcome(read, root: Path) -> str:
@@ -178,12 +196,11 @@ def fuzz(names: Sequence[str], inputs: int, seed: int = 0) -> dict[str, dict]:
     told = {name: {"accepted": 0, "refused": 0, "else": {}, "seconds": 0.0, "peak": 0} for name in names}
     left, start = list(names), 0
     while left:
-        with tempfile.TemporaryFile() as errors:
-            process = subprocess.Popen(
-                [sys.executable, __file__, f"--child={','.join(left)}", f"--start={start}", f"--inputs={inputs}"]
-                + [f"--seed={seed}"],
-                stdout=subprocess.PIPE, stderr=errors, env=os.environ | {"JAX_PLATFORMS": "cpu"},
-            )  # fmt: skip
+        command = [sys.executable, __file__, f"--child={','.join(left)}", f"--start={start}", f"--inputs={inputs}"]
+        with (
+            tempfile.TemporaryFile() as errors,
+            subprocess.Popen([*command, f"--seed={seed}"], stdout=subprocess.PIPE, stderr=errors, env=_CPU) as process,
+        ):
             since = time.monotonic()
             for line in _lines(process):
                 place, _, outcome = line.partition(": ")
@@ -204,7 +221,7 @@ def fuzz(names: Sequence[str], inputs: int, seed: int = 0) -> dict[str, dict]:
                 tail = errors.read().decode(errors="replace")[-1500:]
                 told[left[0]]["else"][f"{'hang' if code == -9 else 'crash'} of code {code}: {tail}"] = str(start)
                 start += 1
-                if start >= inputs or sum(map(len, (told[name]["else"] for name in names))) > 20:
+                if start >= inputs or sum(len(told[name]["else"]) for name in names) > 20:
                     left, start = left[1:], 0
     return told
 

@@ -6,12 +6,14 @@ FORMATS: {name: (make, read)}; make(directory) writes valid files and returns th
 import dataclasses
 import gzip
 import json
+import os
+import pickle
 import shutil
 from pathlib import Path
 
 import numpy as np
 
-from llada_jax.config import PRESETS, run_config
+from llada_jax.config import PRESETS, InputError, run_config
 from llada_jax.data import pipeline, prepare, sources
 from llada_jax.data.tokenizer import load_tokenizer, train_tokenizer
 
@@ -209,6 +211,7 @@ def read_workdir(root):
     hf.load(root / "w")
 
 
+HEAVY = ["safetensors", "hf_config", "run_config", "checkpoint"]  # which JAX reads
 FORMATS = {
     "safetensors": (make_safetensors, read_published),
     "hf_config": (make_hf_config, read_published),
@@ -225,3 +228,24 @@ FORMATS = {
     "run_config": (make_run_config, read_run_config),
     "checkpoint": (make_checkpoint, read_workdir),
 }
+
+
+def _make_wrong(root):
+    (root / "x").write_bytes(bytes(20))
+    return [root / "x"]
+
+
+def _read_wrong(root):
+    """By turns, after the bytes of the file, what no reader may do."""
+    kind = sum((root / "x").read_bytes()) % 5 if (root / "x").is_file() else 0
+    if kind == 1:
+        raise KeyError("x")
+    if kind == 2:
+        raise InputError("two\nlines")
+    if kind == 3:
+        os.abort()
+    if kind == 4:
+        pickle.loads(pickle.dumps(Path()))
+
+
+WRONG = {"wrong": (_make_wrong, _read_wrong)}  # so that a test can see that the fuzzer sees it

@@ -185,7 +185,7 @@ def _paragraphs(path: str) -> Iterator[str]:
     for where, line in _numbered_lines(path):
         if line.strip():
             paragraph.append(line)
-            size += len(line)
+            size += len(line) + 1
             _require_size(size, where, "a paragraph", "use --documents=line")
         elif paragraph:
             yield "\n".join(paragraph)
@@ -198,7 +198,7 @@ def _whole_file(path: str) -> Iterator[str]:
     lines, size = [], 0
     for _, line in _numbered_lines(path):
         lines.append(line)
-        size += len(line)
+        size += len(line) + 1
         _require_size(size, path, "one document", "use --documents=paragraph or --documents=line")
     yield "\n".join(lines)
 
