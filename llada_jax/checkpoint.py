@@ -88,11 +88,11 @@ def load_model(path: str | Path, mesh=None, dtype: str | None = "float32") -> Tr
         raise InputError(f"{path}: no checkpoints/ in it; give the --workdir of a training run")
     like = abstract_model(config, mesh)
     named: dict[str, jax.Array] = {}
-    with ocp.training.Checkpointer(epath.Path(directory).resolve()) as orbax:
+    untrusted.require_files(directory)
+    with _readable(directory), ocp.training.Checkpointer(epath.Path(directory).resolve()) as orbax:
         if orbax.latest is None:
             raise InputError(f"{directory}: no complete checkpoint in it yet")
         place = directory / str(orbax.latest.step)
-        untrusted.require_files(place)
         with _readable(place):
             metadata: Any = orbax.checkpointables_metadata(None).metadata
             stored = (metadata or {}).get("model")

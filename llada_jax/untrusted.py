@@ -23,9 +23,10 @@ def require_file(path: Path, most_bytes: int | None = None) -> None:
 
 def require_files(directory: Path) -> None:
     """Raises InputError where something below `directory` is neither a file nor a directory, such as a pipe."""
-    for path in directory.rglob("*"):
-        if not path.is_dir():
-            require_file(path)
+    for parent, _, names in os.walk(directory):
+        for path in (Path(parent, name) for name in names):
+            if path.exists() and not path.is_file():
+                raise InputError(f"{path}: not a file; copy it again")
 
 
 def read_text(path: Path) -> str:
