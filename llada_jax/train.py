@@ -350,7 +350,8 @@ def _timed(batches: Iterator[losses.Batch], first: int) -> Iterator[tuple[int, l
 
 def _evaluate(eval_fn, model, config, validation, tokenizer, mesh) -> dict[str, np.ndarray]:
     """Metrics summed over the first eval_rows validation rows, each under a mask that never changes."""
-    on_damage = (lambda *_: None) if config.data.on_damage == "skip" else None  # the masks stay with their positions
+    tell = lambda _, cause, action: print(f"{cause}; {action}", file=sys.stderr)
+    on_damage = tell if config.data.on_damage == "skip" else None
     order = pipeline.ordered([validation], seed=0, on_damage=on_damage)
     size = config.train.batch_size
     batches = pipeline.batches(

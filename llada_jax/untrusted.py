@@ -49,7 +49,7 @@ def parse_json(text: str, where: str) -> dict:
     """One JSON object. Raises InputError that begins with `where` otherwise."""
     try:
         value = json.loads(text)
-    except (ValueError, RecursionError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise InputError(f"{where}: not valid JSON ({str(error)[:200]}); copy it again") from error
     if not isinstance(value, dict):
         raise InputError(f"{where}: not a JSON object; copy it again")

@@ -89,7 +89,9 @@ def _changed_json(draw: random.Random, text: str) -> str:
 def _changed_bytes(draw: random.Random, data: bytes) -> bytes:
     if not data:
         return draw.randbytes(draw.randrange(20))
-    at, kind = draw.randrange(len(data)), draw.randrange(9)
+    places = [draw.randrange(len(data)) for _ in range(30)]
+    at = next((at for at in places if data[at]), places[0])  # files are padded with zeros
+    kind = draw.randrange(9)
     end = min(len(data), at + draw.choice((1, 4, 16, 300)))
     if kind == 0:
         return data[:at] + bytes([data[at] ^ 1 << draw.randrange(8)]) + data[at + 1 :]

@@ -12,10 +12,13 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import sentencepiece
+import tokenizers
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 
 from llada_jax.config import PRESETS, InputError, run_config
 from llada_jax.data import pipeline, prepare, sources
-from llada_jax.data.tokenizer import load_tokenizer, train_tokenizer
+from llada_jax.data.tokenizer import BOS, END_HEADER, EOS, EOT, MASK, START_HEADER, load_tokenizer, train_tokenizer
 
 GOLDEN = Path(__file__).parent / "golden" / "tokenizer"
 TEXTS = ["春风得意马蹄疾，一日看尽长安花。", "The quick  brown fox\n\njumps over\tthe lazy dog.", "x = 1\r\n"]
@@ -62,8 +65,18 @@ def read_published(root):
 
 
 def make_tokenizer_json(root):
-    shutil.copytree(GOLDEN, root / "t")
-    return [root / "t" / "tokenizer.json"]
+    shutil.copytree(GOLDEN, root / "bytes")
+    unigram = tokenizers.Tokenizer(
+        models.Unigram([("<unk>", 0.0), *((c, -2.0) for c in "▁abcdefgh春"), ("▁a", -1.0)], 0)
+    )
+    unigram.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace(Regex(" {2,}"), " ")])
+    split = pre_tokenizers.Split(Regex("(\\w+|x)+ "), "isolated")
+    unigram.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(), split, pre_tokenizers.Digits()])
+    unigram.decoder = decoders.Metaspace()
+    unigram.add_special_tokens([BOS, EOS, MASK])
+    (root / "unigram").mkdir()
+    unigram.save(str(root / "unigram" / "tokenizer.json"))
+    return [root / "bytes" / "tokenizer.json", root / "unigram" / "tokenizer.json"]
 
 
 def make_tokenizer_config(root):
@@ -78,20 +91,27 @@ def make_chat_template(root):
     return [root / str(i) / "chat_template.jinja" for i in range(len(TEMPLATES))]
 
 
-def read_chat_templates(root):
-    for directory in sorted(root.iterdir()):
-        load_tokenizer(directory).encode_chat(MESSAGES)
-
-
 def make_sentencepiece(root):
-    (root / "t").mkdir()
-    train_tokenizer(TEXTS * 20, root / "t" / "tokenizer.model", 300)
-    return [root / "t" / "tokenizer.model"]
+    for name in ("ours", "normalised"):
+        (root / name).mkdir()
+    ours, normalised = root / "ours" / "tokenizer.model", root / "normalised" / "tokenizer.model"
+    train_tokenizer(TEXTS * 20, ours, 300)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS * 20), model_prefix=str(normalised.with_suffix("")), vocab_size=60,
+        hard_vocab_limit=False, normalization_rule_name="nmt_nfkc", bos_piece=BOS, eos_piece=EOS, minloglevel=3,
+        control_symbols=[MASK, START_HEADER, END_HEADER, EOT],
+    )  # fmt: skip
+    return [ours, normalised]
 
 
-def read_tokenizer(root):
-    tokenizer = load_tokenizer(root / "t")
-    for text in TEXTS:
+def read_tokenizers(root):
+    for directory in sorted(root.iterdir()):
+        read_tokenizer(directory)
+
+
+def read_tokenizer(directory):
+    tokenizer = load_tokenizer(directory)
+    for text in [*TEXTS, "a" * 60, "ｱ① " * 5]:
         ids = tokenizer.encode(text)
         tokenizer.decode(ids)
         tokenizer.decode(ids, keep_special=True)
@@ -169,6 +189,17 @@ def read_data(root):
         order.sources[0][i]
 
 
+def read_shards(root):
+    """Reads a dataset whose manifest tells the sizes of the shards as they are: no size gives a change away."""
+    path = root / "d" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    for shard in manifest["shards"]:
+        file = root / "d" / shard["file"]
+        shard["bytes"] = file.stat().st_size if file.is_file() else 0
+    path.write_text(json.dumps(manifest))
+    read_data(root)
+
+
 def _make_workdir(root):
     from llada_jax.interop import hf
 
@@ -189,11 +220,25 @@ def make_checkpoint(root):
     return [path for path in (workdir / "checkpoints").rglob("*") if path.is_file()]
 
 
+def make_ocdbt_checkpoint(root):
+    """As runs save them."""
+    from orbax.checkpoint import v1 as ocp
+
+    from llada_jax import checkpoint
+
+    step = _make_workdir(root) / "checkpoints" / "0"
+    shutil.rmtree(step)
+    leaves = dict(checkpoint.named_leaves(_model()))
+    with checkpoint.frugal(leaves.values()):
+        ocp.save_checkpointables(str(step), {"model": leaves})
+    return [path for path in step.rglob("*") if path.is_file()]
+
+
 def read_run_config(root):
     from llada_jax import checkpoint
     from llada_jax.interop import hf
 
-    hf.load_config(root / "w")
+    hf.load(root / "w")
     config = run_config("tiny")
     config.model.update(dataclasses.asdict(_model_config(checkpoint, root)))
     checkpoint.claim_workdir(root / "w", config)
@@ -211,22 +256,23 @@ def read_workdir(root):
     hf.load(root / "w")
 
 
-HEAVY = ["safetensors", "hf_config", "run_config", "checkpoint"]  # which JAX reads
+HEAVY = ["safetensors", "hf_config", "run_config", "checkpoint", "ocdbt_checkpoint"]  # which JAX reads
 FORMATS = {
     "safetensors": (make_safetensors, read_published),
     "hf_config": (make_hf_config, read_published),
-    "tokenizer": (make_tokenizer_json, read_tokenizer),
-    "tokenizer_config": (make_tokenizer_config, read_tokenizer),
-    "chat_template": (make_chat_template, read_chat_templates),
-    "sentencepiece": (make_sentencepiece, read_tokenizer),
+    "tokenizer": (make_tokenizer_json, read_tokenizers),
+    "tokenizer_config": (make_tokenizer_config, read_tokenizers),
+    "chat_template": (make_chat_template, read_tokenizers),
+    "sentencepiece": (make_sentencepiece, read_tokenizers),
     "text": (make_text, read_corpus),
     "jsonl": (make_jsonl, read_corpus),
     "parquet": (make_parquet, read_corpus),
     "chat": (make_chat, read_chat),
     "manifest": (make_manifest, read_data),
-    "shards": (make_shards, read_data),
+    "shards": (make_shards, read_shards),
     "run_config": (make_run_config, read_run_config),
     "checkpoint": (make_checkpoint, read_workdir),
+    "ocdbt_checkpoint": (make_ocdbt_checkpoint, read_workdir),
 }
 
 

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # the checkout
 
-from llada_jax import cli, untrusted
+from llada_jax import checkpoint, cli, untrusted
 from llada_jax.config import InputError, ModelConfig
 from llada_jax.interop import hf
 from llada_jax.model import Block, Transformer, rms_norm
@@ -125,13 +125,17 @@ def _in_float32(model: Transformer) -> Transformer:
 def _missing_code(directory: Path) -> list[str]:
     """The Python files that auto_map of config.json names and that are not in the directory."""
     code = untrusted.read_json(directory / "config.json").get("auto_map") or {}
-    files = {f"{name.split('.')[0]}.py" for name in code.values() if isinstance(name, str) and "--" not in name}
+    files = {
+        f"{name.split('.')[0]}.py"
+        for name in (code.values() if isinstance(code, dict) else ())
+        if isinstance(name, str) and "--" not in name
+    }
     return sorted(file for file in files if not (directory / file).exists())
 
 
 def _published_dtype(source: Path) -> str | None:
     """The dtype of the published model that a run began with, as its config.json tells; None where there is none."""
-    model = untrusted.read_json(source / "config.json").get("model") or {}
+    model = checkpoint.load_config(source).get("model") or {}
     told = untrusted.parse_json(model.get("published") or "{}", f"{source / 'config.json'}: model.published")
     dtype = told.get("torch_dtype", told.get("dtype"))
     return dtype if dtype in ("float32", "bfloat16") else None

@@ -1,5 +1,6 @@
 """One tokenizer over a SentencePiece `.model` or a Hugging Face `tokenizer.json`; its training."""
 
+import contextlib
 import functools
 import hashlib
 import io
@@ -8,7 +9,7 @@ import os
 import random
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -282,13 +283,15 @@ class _TokenizerJson:
         self._ours = template_process.environment().from_string(LLADA_CHAT_TEMPLATE)
 
     def encode(self, text: str) -> list[int]:
-        return self._hf.encode(text, add_special_tokens=False).ids
+        with _told(self._path):
+            return self._hf.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: list[int], keep_special: bool) -> str:
-        return self._hf.decode(ids, skip_special_tokens=not keep_special)
+        with _told(self._path):
+            return self._hf.decode(ids, skip_special_tokens=not keep_special)
 
     def piece(self, id: int) -> str:
-        return self._hf.decode([id], skip_special_tokens=False) or "\ufffd"
+        return self.decode([id], keep_special=True) or "\ufffd"
 
     def encode_chat(self, messages: Messages) -> list[int]:
         values = {"messages": messages, "add_generation_prompt": True, **self._names}
@@ -300,6 +303,18 @@ class _TokenizerJson:
         beside = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
         present = [(path.parent / name, name) for name in beside if (path.parent / name).exists()]
         return [(path, "tokenizer.json"), *present]
+
+
+@contextlib.contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """Names the file where the Rust library gives up: it raises bare Exceptions, and panics, which are none."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error) is not Exception and type(error).__name__ != "PanicException":
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{path}: the tokenizer fails on this text ({reason}); make or copy it again") from error
 
 
 def _find_tokenizer(path: Path) -> Path:
