@@ -50,6 +50,7 @@ def train(config: RunConfig, workdir: str | Path, *, title: str = "train") -> di
             raise InputError(f"{workdir}: is a file; --workdir names a directory")
         tokenizer, rows, validation = open_data(config, workdir)
         model = fit_to_tokenizer(config, tokenizer)
+        sharding.require_divides(model, mesh, config.data.row_length)
         processes.once(lambda: _claim(workdir, config, tokenizer))
         datasets = [source.path for source in (*rows.sources, *filter(None, [validation]))]
         processes.once(lambda: manifest.require_unchanged(workdir, datasets))
