@@ -238,16 +238,11 @@ def read_run_config(root):
     from llada_jax import checkpoint
     from llada_jax.interop import hf
 
-    hf.load(root / "w")
+    model = hf.load_config(root / "w")
+    checkpoint.abstract_model(model, None)
     config = run_config("tiny")
-    config.model.update(dataclasses.asdict(_model_config(checkpoint, root)))
+    config.model.update(dataclasses.asdict(model))
     checkpoint.claim_workdir(root / "w", config)
-
-
-def _model_config(checkpoint, root):
-    from llada_jax.config import model_config
-
-    return model_config(checkpoint.load_config(root / "w").get("model"))
 
 
 def read_workdir(root):
