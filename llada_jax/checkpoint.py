@@ -22,7 +22,7 @@ import jax
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from llada_jax import integrity, processes
+from llada_jax import integrity, processes, untrusted
 from llada_jax.config import InputError, ModelConfig, RunConfig, differences, model_config, run_config
 from llada_jax.events import Events
 from llada_jax.model import Transformer
@@ -34,7 +34,8 @@ _WRITING, _REMOVING, _DAMAGED = ".writing", ".removing", ".damaged"  # behind th
 # What may change between two runs in one workdir; everything else is refused.
 _HARMLESS = (
     "config.train.log_every", "config.train.eval_every", "config.train.sample_every", "config.train.sample_prompt",
-    "config.train.microbatches", "config.train.steps", "config.data.threads", "config.checkpoint.", "config.mesh.",
+    "config.train.microbatches", "config.train.steps", "config.data.threads", "config.data.on_damage",
+    "config.checkpoint.", "config.mesh.",
     "config.model.remat", "config.model.attention_kernel",
 )  # fmt: skip
 _WITH_PERMISSION = ("config.optimizer.schedule",)  # what may with --allow_config_change
@@ -218,7 +219,8 @@ def load_model(path: str | Path, mesh=None, dtype: str | None = "float32") -> Tr
         raise InputError(f"{path}: no checkpoints/ in it; give the --workdir of a training run")
     like = abstract_model(config, mesh)
     named: dict[str, jax.Array] = {}
-    with ocp.training.Checkpointer(epath.Path(directory).resolve()) as orbax:
+    untrusted.require_files(directory)
+    with _readable(directory), ocp.training.Checkpointer(epath.Path(directory).resolve()) as orbax:
         if orbax.latest is None:
             raise InputError(f"{directory}: no complete checkpoint in it yet")
         place = directory / str(orbax.latest.step)
@@ -297,12 +299,10 @@ def load_config(workdir: str | Path) -> dict:
     path = Path(workdir) / "config.json"
     if not path.is_file():
         raise InputError(f"{workdir}: no config.json in it; give the --workdir of a training run")
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
-        raise InputError(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(config, dict):
-        raise InputError(f"{path}: not a JSON object")
+    config = untrusted.read_json(path)
+    for group in run_config():
+        if not isinstance(config.get(group, {}), dict):
+            raise InputError(f"{path}: config.{group} is {config[group]!r}, not a group of fields")
     return config
 
 

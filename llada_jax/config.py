@@ -140,6 +140,7 @@ def run_config(preset: str = "llada_8b") -> RunConfig:
             mixture=(),  # further sources: pairs (prepared directory, weight); data.files or data.path weighs 1
             random_length_fraction=0.01,  # rows cut to a length ~ U{1..row_length}; paper section 2.2
             split_fraction=0.0,  # rows cut in two that do not see each other; iLLaDA: 0.3
+            on_damage="stop",  # at a row that cannot be read; or "skip": another takes its place, is counted and logged
             threads=4,
         )
     )

@@ -75,6 +75,7 @@ class Reporter:
         self._c, self._rows, self._length, self._tokens_per_byte = c, rows, length, tokens_per_byte
         self._schedule, self._total, self._log_every, self._title = schedule, total_steps, log_every, title
         self._smooth = SmoothElbo(sums=notes["smooth_elbo"]) if notes else SmoothElbo()
+        self._replaced_rows = 0.0
         self._writes = jax.process_index() == 0
         self.restart_clock()
         if self._writes:
@@ -92,6 +93,7 @@ class Reporter:
         self._tokens += float(m["tokens"])
         self._flops += flops_per_step(self._c, self._rows, self._length, float(m["ce_count"].sum()))
         self._data_seconds += data_seconds
+        self._replaced_rows += float(m.get("replaced_rows", 0.0))
         if self._writes:
             self._bar.update(1)
         if step % self._log_every and step != self._total:
@@ -107,6 +109,8 @@ class Reporter:
         scalars["4_speed/tokens_per_second"] = self._tokens / seconds
         scalars["4_speed/data_wait_share"] = self._data_seconds / seconds
         scalars["4_speed/seconds_per_step"] = seconds / self._log_every
+        if "replaced_rows" in m:
+            scalars["5_data/replaced_rows"], self._replaced_rows = self._replaced_rows, 0.0  # since the last line
         peak = peak_flops()
         if peak:
             scalars["4_speed/mfu"] = self._flops / seconds / (peak * jax.device_count())

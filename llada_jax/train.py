@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import itertools
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +22,7 @@ from ml_collections import config_flags
 from llada_jax import checkpoint, cli, compiler_options, losses, optimizer, processes, requests, sharding, train_step
 from llada_jax.attention import kernel_for
 from llada_jax.config import InputError, ModelConfig, RunConfig, model_config
-from llada_jax.data import pipeline, prepare, sources
+from llada_jax.data import manifest, pipeline, prepare, sources
 from llada_jax.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from llada_jax.events import Events
 from llada_jax.interop import hf
@@ -54,6 +55,8 @@ def train(
         model = fit_to_tokenizer(config, tokenizer)
         sharding.require_divides(model, mesh, config.data.row_length)
         processes.once(lambda: _claim(workdir, config, tokenizer, allow_config_change))
+        datasets = [source.path for source in (*rows.sources, *filter(None, [validation]))]
+        processes.once(lambda: manifest.require_unchanged(workdir, datasets))
         _require_shared(workdir / "config.json")
 
     with jax.set_mesh(mesh):
@@ -225,12 +228,26 @@ def open_data(config: RunConfig, workdir: Path):
             )
     if config.train.init_from:
         _same_tokenizer(tokenizer, config.train.init_from, opened[0].path)
-    order = pipeline.ordered(opened, [weight for _, weight in weighted], seed=config.train.seed)
+    weights = [weight for _, weight in weighted]
+    order = pipeline.ordered(opened, weights, config.train.seed, _on_damage(config, workdir))
     held_out = path / "validation"
     validation = pipeline.open_dataset(held_out) if (held_out / "manifest.json").exists() else None
     if len(opened[0]) == 0:
         raise InputError(f"{path}: holds no rows; give more text")
     return tokenizer, order, validation
+
+
+def _on_damage(config: RunConfig, workdir: Path):
+    """What the pipeline calls for a damaged row; None: it stops the run."""
+    if config.data.on_damage == "stop":
+        return None
+
+    def report(position: int, cause: str, action: str) -> None:
+        print(f"{cause}; {action}", file=sys.stderr)
+        step = position // config.train.batch_size + 1
+        Events(workdir).write("damaged row", step=step, cause=cause, action=action)
+
+    return report
 
 
 def _prepare(config: RunConfig, workdir: Path, path: Path) -> None:
@@ -322,6 +339,8 @@ def check(config: RunConfig, devices: int) -> None:
             "config.objective.attention 'full' sees padding, which random lengths, chat rows and packing 'document' "
             "make; use 'padding'"
         )
+    if d.on_damage not in pipeline.ON_DAMAGE:
+        raise InputError(f"config.data.on_damage is {d.on_damage!r}, must be one of {', '.join(pipeline.ON_DAMAGE)}")
     if d.split_fraction and o.attention != "documents":
         raise InputError("config.data.split_fraction needs config.objective.attention 'documents'")
     if d.tokenizer and d.path:
@@ -361,7 +380,9 @@ def _timed(batches: Iterator[losses.Batch], first: int) -> Iterator[tuple[int, l
 
 def _evaluate(eval_fn, model, config, validation, tokenizer, mesh) -> dict[str, np.ndarray]:
     """Metrics summed over the first eval_rows validation rows, each under a mask that never changes."""
-    order = pipeline.ordered([validation], seed=0)
+    tell = lambda _, cause, action: print(f"{cause}; {action}", file=sys.stderr)
+    on_damage = tell if config.data.on_damage == "skip" else None
+    order = pipeline.ordered([validation], seed=0, on_damage=on_damage)
     size = config.train.batch_size
     batches = pipeline.batches(
         order, batch_size=size, kind=config.data.kind, start_step=0, seed=0, eos_id=tokenizer.eos_id,

@@ -64,6 +64,8 @@ def make_train_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.model)
         model = optax.apply_updates(state.model, updates)
         metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), "tokens": jnp.sum(batch.maskable), **sums}
+        if batch.replaced is not None:
+            metrics["replaced_rows"] = jnp.sum(batch.replaced)
         return TrainState(state.step + 1, model, opt_state), metrics
 
     return jax.jit(train_step, donate_argnums=0, compiler_options=compiler_options)

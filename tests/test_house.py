@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "llada_jax"
 FLOORS = [
     {"config"},
-    {"processes", "integrity", "logs", "requests"},
+    {"processes", "integrity", "logs", "requests", "untrusted"},
     {"events"},
     {"sharding", "compiler_options", "cli", "checks"},
     {"attention", "diffusion", "optimizer"},
