@@ -1,6 +1,7 @@
 """Orbax checkpoints of a run: saved in the background, restored on any mesh, kept with the resolved config.
 
-A workdir holds checkpoints/STEP/{model,optimizer}, config.json and the tokenizer. A checkpoint carries the config, too.
+A workdir holds checkpoints/STEP/{model,optimizer,guard}, config.json and the tokenizer. A checkpoint carries the
+config, too.
 """
 
 import contextlib
@@ -25,7 +26,8 @@ from llada_jax.train_step import TrainState
 _HARMLESS = (
     "config.train.log_every", "config.train.eval_every", "config.train.sample_every", "config.train.sample_prompt",
     "config.train.microbatches", "config.train.steps", "config.data.threads", "config.checkpoint.", "config.mesh.",
-    "config.model.remat", "config.model.attention_kernel",
+    "config.model.remat", "config.model.attention_kernel", "config.train.spike_sigma", "config.train.rollback_after",
+    "config.train.rollback_rate", "config.train.stall_seconds",
 )  # fmt: skip
 
 
@@ -56,9 +58,11 @@ class Checkpointer:
             self._orbax.save_checkpointables_async(step, _parts(state), force=force, custom_metadata=self._metadata)
 
     def restore(self, like: TrainState) -> TrainState:
-        """The newest checkpoint, as arrays sharded like those of `like`."""
+        """The newest checkpoint, as arrays sharded like those of `like`; an old one without a guard takes that."""
         with _readable(self._directory / str(self.latest)), frugal(jax.tree.leaves(like)):
-            parts = self._orbax.load_checkpointables(None, _abstract(_parts(like)))
+            parts, stored = _parts(like), self._orbax.checkpointables_metadata(None).metadata or {}
+            wanted = {part: tree for part, tree in parts.items() if part != "guard" or part in stored}
+            parts |= self._orbax.load_checkpointables(None, _abstract(wanted))
         return jax.tree.unflatten(
             jax.tree.structure(like),
             [parts[part][name] for part, name in _names(like)],
@@ -153,6 +157,19 @@ def abstract_model(config: ModelConfig, mesh) -> Transformer:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=concrete(x)), like)
 
 
+def discard_after(workdir: str | Path, step: int) -> int:
+    """Removes the checkpoints after `step`, save the oldest if there is none before; the newest left, 0 if none.
+
+    For one process alone, while no Checkpointer is open.
+    """
+    directory = Path(workdir) / "checkpoints"
+    steps = sorted(int(path.name) for path in directory.glob("*") if path.name.isdigit())
+    kept = [one for one in steps if one <= step] or steps[:1]
+    for one in steps[len(kept) :]:
+        shutil.rmtree(directory / str(one))
+    return kept[-1] if kept else 0
+
+
 def load_config(workdir: str | Path) -> dict:
     """The resolved config of a run."""
     path = Path(workdir) / "config.json"
@@ -195,7 +212,7 @@ def _with_defaults(config: dict) -> dict:
 
 
 def _parts(state: TrainState) -> dict[str, dict[str, jax.Array]]:
-    parts: dict[str, dict[str, jax.Array]] = {"model": {}, "optimizer": {}}
+    parts: dict[str, dict[str, jax.Array]] = {"model": {}, "optimizer": {}, "guard": {}}
     for (part, name), leaf in zip(_names(state), jax.tree.leaves(state), strict=True):
         parts[part][name] = leaf
     return parts
@@ -205,8 +222,8 @@ def _names(state: TrainState) -> list[tuple[str, str]]:
     """(part, name) of each leaf: the model by itself, so that it can be read alone."""
     names = []
     for name, _ in named_leaves(state):
-        in_model = name.startswith("model.")
-        names.append(("model", name.removeprefix("model.")) if in_model else ("optimizer", name))
+        part, _, rest = name.partition(".")
+        names.append((part, rest) if part in ("model", "guard") else ("optimizer", name))
     return names
 
 

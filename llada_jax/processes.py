@@ -13,6 +13,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -109,6 +110,13 @@ def once(work: Callable[[], object]) -> None:
     with together():
         if is_first():
             work()
+
+
+def from_first(work: Callable[[], Any]) -> Any:
+    """What `work` returns on the first process, something short that JSON can hold, on every process."""
+    with together():
+        value = work() if is_first() else None
+    return value if jax.process_count() == 1 else json.loads(_exchange(json.dumps(value))[0])
 
 
 def agree(what: str, value: object) -> None:

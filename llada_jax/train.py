@@ -6,8 +6,11 @@ python -m llada_jax.train --config=configs/pretrain_tiny.py --workdir=DIR [--con
 import collections
 import contextlib
 import dataclasses
+import functools
 import itertools
+import math
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,11 +21,24 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-from llada_jax import checkpoint, cli, compiler_options, losses, optimizer, processes, sharding, train_step
+from llada_jax import (
+    checkpoint,
+    cli,
+    compiler_options,
+    goodput,
+    losses,
+    optimizer,
+    processes,
+    sharding,
+    stability,
+    train_step,
+    watchdog,
+)
 from llada_jax.attention import kernel_for
 from llada_jax.config import InputError, ModelConfig, RunConfig, model_config
 from llada_jax.data import pipeline, prepare, sources
 from llada_jax.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from llada_jax.events import Events
 from llada_jax.interop import hf
 from llada_jax.metrics import Reporter
 from llada_jax.model import parameter_count
@@ -32,8 +48,24 @@ from llada_jax.sampling import chat
 def train(config: RunConfig, workdir: str | Path, *, title: str = "train") -> dict[str, float]:
     """Runs what `config` says in `workdir`, from its newest checkpoint if it has one; returns the last scalars.
 
-    Raises InputError for whatever a user can get wrong, before anything is written where that is possible.
+    Raises InputError for whatever a user can get wrong, before anything is written where that is possible; and where
+    the numbers go wrong again after each rollback.
     """
+    while True:
+        try:
+            return _train(config, workdir, title)
+        except stability.Diverged as error:
+            failure = error.with_traceback(None)  # which would keep the state in memory
+        processes.once(functools.partial(_roll_back, Path(workdir), config.train, failure))
+
+
+def _roll_back(workdir: Path, fields, failure: stability.Diverged) -> None:
+    place = checkpoint.discard_after(workdir, failure.step - fields.rollback_after)
+    print(stability.record_rollback(workdir, failure, place, fields), file=sys.stderr)
+
+
+def _train(config: RunConfig, workdir: str | Path, title: str) -> dict[str, float]:
+    begun = time.time()
     if "://" in str(workdir):
         raise InputError(f"--workdir={workdir}: mount the bucket, with gcsfuse say, and give the mounted directory")
     workdir = Path(workdir)
@@ -51,16 +83,21 @@ def train(config: RunConfig, workdir: str | Path, *, title: str = "train") -> di
         processes.once(lambda: _claim(workdir, config, tokenizer))
         _require_shared(workdir / "config.json")
 
+    clock, events = goodput.Goodput(workdir, begun), Events(workdir)
     with jax.set_mesh(mesh):
         saver = checkpoint.Checkpointer(workdir, config)
-        state = _start(config, model, optax_optimizer, saver, mesh, options)
+        state = _start(config, model, optax_optimizer, saver, mesh, options, clock)
         first = int(state.step)
+        state.guard = stability.resumed(
+            state.guard, processes.from_first(lambda: stability.rollback_to(workdir, first))
+        )
         schedule = optimizer.make_schedule(config.optimizer.schedule, **_phases(config))
         with processes.together():
             reporter = Reporter(
                 workdir, model, rows=rows_per_step, length=config.data.row_length,
                 tokens_per_byte=_tokens_per_byte(rows), schedule=schedule,
                 total_steps=total, first_step=first, log_every=config.train.log_every, title=title,
+                goodput=clock,
             )  # fmt: skip
         reporter.say(_opening(model, mesh, workdir, first, total, title))
         for line in refused:
@@ -69,13 +106,13 @@ def train(config: RunConfig, workdir: str | Path, *, title: str = "train") -> di
         eval_fn = train_step.make_eval_step(objective, config.objective, compiler_options=options)
         key = jax.random.fold_in(jax.random.key(config.train.seed), 1)
         evaluate = lambda model: _evaluate(eval_fn, model, config, validation, tokenizer, mesh)
-        batches = _batches(config, rows, tokenizer, first, mesh)
-        try:
+        batches = _batches(config, rows, tokenizer, first, mesh, int(state.guard.offset))
+        watch = watchdog.Watchdog(clock, events, config.train.stall_seconds)
+        with contextlib.closing(reporter), contextlib.closing(watch), contextlib.closing(saver):
             evaluate = evaluate if validation else None
-            return _loop(config, state, step_fn, key, batches, evaluate, tokenizer, saver, reporter, first)
-        finally:
-            saver.close()
-            reporter.close()
+            return _loop(
+                config, state, step_fn, key, batches, evaluate, tokenizer, saver, reporter, first, clock, events
+            )
 
 
 def training_step(config: RunConfig, mesh):
@@ -87,8 +124,9 @@ def training_step(config: RunConfig, mesh):
     optax_optimizer = optimizer.make_optimizer(config.optimizer, **_phases(config))
     options, refused = compiler_options.of_mesh(mesh)
     step_fn = train_step.make_train_step(
-        optax_optimizer, objective, config.objective, microbatches=config.train.microbatches, compiler_options=options
-    )
+        optax_optimizer, objective, config.objective, microbatches=config.train.microbatches,
+        spike_sigma=config.train.spike_sigma, rollback_after=config.train.rollback_after, compiler_options=options,
+    )  # fmt: skip
     return optax_optimizer, step_fn, options, refused
 
 
@@ -96,11 +134,14 @@ def _phases(config: RunConfig) -> dict[str, int]:
     return dict(total_steps=config.train.steps, tokens_per_step=config.train.batch_size * config.data.row_length)
 
 
-def _start(config: RunConfig, model: ModelConfig, optax_optimizer, saver, mesh, options) -> train_step.TrainState:
+def _start(
+    config: RunConfig, model: ModelConfig, optax_optimizer, saver, mesh, options, clock
+) -> train_step.TrainState:
     """The state of the newest checkpoint; else a fresh one, with the weights of `init_from` if that is set."""
     init = jax.jit(train_step.init_state, static_argnums=(0, 1), compiler_options=options)
     state = init(model, optax_optimizer, jax.random.key(config.train.seed))
     if saver.latest is not None:
+        clock.enter("restore")
         return saver.restore(state)
     if config.train.init_from:
         weights = jax.tree.leaves(hf.load(config.train.init_from, "float32", mesh))
@@ -108,28 +149,44 @@ def _start(config: RunConfig, model: ModelConfig, optax_optimizer, saver, mesh, 
     return state
 
 
-def _loop(config, state, step_fn, key, batches, evaluate, tokenizer, saver, reporter, first) -> dict[str, float]:
-    """Steps until the batches end; returns the scalars of the last validation.
+def _loop(
+    config, state, step_fn, key, batches, evaluate, tokenizer, saver, reporter, first, clock, events
+) -> dict[str, float]:
+    """Steps until the batches end; returns the scalars of the last validation. Raises stability.Diverged.
 
-    Metrics are fetched one step late, so that the device never waits for the host.
+    Metrics are fetched one step late, so that the device never waits for the host; before a validation and the end, at
+    once.
     """
-    total, last, pending = config.train.steps, {}, None
-    for step, batch, waited in _timed(batches, first):
+    total, last, pending, own_seconds = config.train.steps, {}, collections.deque(), 0.0
+
+    def finish(step, metrics, waited) -> None:
+        metrics = jax.device_get(metrics)
+        reporter.step(step, metrics, waited)
+        stability.report(step, metrics, config.train, events, reporter.say)
+
+    for step, batch, waited in _timed(batches, first, clock, pending):
+        start = time.perf_counter()
         state, metrics = step_fn(state, batch, key)
-        if pending is not None:
-            reporter.step(*pending)
-        pending = (step, metrics, waited)
+        clock.enter("step")
+        own_seconds += waited + time.perf_counter() - start
+        if jax.process_count() > 1 and step % config.train.log_every == 0:
+            metrics["host_seconds"] = sharding.of_hosts(own_seconds, metrics["loss"].sharding.mesh)
+            own_seconds = 0.0
+        pending.append((step, metrics, waited))
+        validate = evaluate if _due(step, config.train.eval_every, total) else None
+        while len(pending) > (0 if validate or step == total else 1):
+            finish(*pending.popleft())
+        clock.enter("save")
         saver.save(step, state, force=step == total)
-        if evaluate is not None and _due(step, config.train.eval_every, total):
-            reporter.step(*pending)
-            pending = None
-            last = reporter.evaluation(step, evaluate(state.model))
+        if validate:
+            clock.enter("evaluate")
+            last = reporter.evaluation(step, validate(state.model))
             reporter.restart_clock()
         if config.train.sample_prompt and _due(step, config.train.sample_every, total):
+            clock.enter("sample")
             reporter.text(step, "sample", chat.complete(state.model, tokenizer, config.train.sample_prompt))
             reporter.restart_clock()
-    if pending is not None:
-        reporter.step(*pending)
+    clock.enter("save")  # the last one is waited for
     return last
 
 
@@ -278,6 +335,11 @@ def check(config: RunConfig, devices: int) -> None:
     for name in ("steps", "batch_size", "microbatches", "log_every"):
         if t[name] < 1:
             raise InputError(f"config.train.{name} is {t[name]}, must be at least 1")
+    for name in ("spike_sigma", "rollback_after", "stall_seconds"):
+        if not 0 <= t[name] < math.inf:
+            raise InputError(f"config.train.{name} is {t[name]}, must be 0 or more")
+    if not 0 < t.rollback_rate <= 1:
+        raise InputError(f"config.train.rollback_rate is {t.rollback_rate}, must be above 0 and at most 1")
     shards = devices if -1 in dict(config.mesh).values() else config.mesh.data * config.mesh.fsdp
     if -1 in dict(config.mesh).values():
         shards //= max(config.mesh.tensor, 1) * max(config.mesh.context, 1)
@@ -297,12 +359,15 @@ def check(config: RunConfig, devices: int) -> None:
         raise InputError("config.data.tokenizer and config.data.path: a prepared directory brings its own tokenizer")
 
 
-def _batches(config, order, tokenizer, first, mesh) -> Iterator[losses.Batch]:
-    """The batches from step `first` on, placed on the devices two steps before they are asked for."""
+def _batches(config, order, tokenizer, first, mesh, offset=0) -> Iterator[losses.Batch]:
+    """The batches from step `first` on, placed on the devices two steps before they are asked for.
+
+    offset: how many batches rollbacks have left out.
+    """
     text, size = config.data.kind == "text", config.train.batch_size
     rows = pipeline.batches(
-        order, batch_size=size, kind=config.data.kind, start_step=first,
-        num_steps=config.train.steps, seed=config.train.seed, eos_id=tokenizer.eos_id,
+        order, batch_size=size, kind=config.data.kind, start_step=first + offset,
+        num_steps=config.train.steps + offset, seed=config.train.seed, eos_id=tokenizer.eos_id,
         only=sharding.rows_of_process(mesh, size), threads=config.data.threads,
         random_length_fraction=config.data.random_length_fraction if text else 0.0,
         split_fraction=config.data.split_fraction if text else 0.0,
@@ -318,13 +383,17 @@ def _placed(batch: dict[str, np.ndarray], mesh, batch_size: int) -> losses.Batch
     return losses.Batch(**{name: sharding.place_rows(x, mesh, batch_size) for name, x in batch.items()})
 
 
-def _timed(batches: Iterator[losses.Batch], first: int) -> Iterator[tuple[int, losses.Batch, float]]:
+def _timed(batches: Iterator[losses.Batch], first: int, clock, pending) -> Iterator[tuple[int, losses.Batch, float]]:
     """(number of the step, its batch, seconds that the loop waited for it)."""
+    # What the host does while the device computes the last of `pending` takes no time from the run.
+    busy = lambda: bool(pending) and not pending[-1][1]["loss"].is_ready()
     for step in range(first + 1, 10**12):
+        clock.enter("data", hidden=busy())
         start = time.perf_counter()
         batch = next(batches, None)
         if batch is None:
             return
+        clock.enter("compile" if step == first + 1 else "step", step=step, hidden=busy())
         yield step, batch, time.perf_counter() - start
 
 

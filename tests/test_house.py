@@ -10,8 +10,8 @@ PACKAGE = ROOT / "llada_jax"
 FLOORS = [
     {"config"},
     {"processes"},
-    {"sharding", "compiler_options", "cli", "checks"},
-    {"attention", "diffusion", "optimizer"},
+    {"sharding", "compiler_options", "cli", "checks", "events", "goodput"},
+    {"attention", "diffusion", "optimizer", "stability", "watchdog"},
     {"model", "data"},
     {"cross_entropy"},
     {"losses"},
