@@ -12,12 +12,15 @@ import hashlib
 import json
 import os
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from absl import flags
+from jax._src import distributed
 from jax.experimental import multihost_utils
 from orbax.checkpoint import multihost
 
@@ -26,6 +29,7 @@ from llada_jax.config import InputError
 _LONGEST_WAIT = 7 * 24 * 3600 * 1000  # milliseconds that the others wait while one prepares data
 _SHUTDOWN_SECONDS = 60  # after which a process that ends too early takes the others along
 _MESSAGE_BYTES = 2048
+_FAILED = "llada_jax/failed"  # under which the first process to fail on its own says so
 
 
 def define_flags() -> None:
@@ -37,17 +41,22 @@ def define_flags() -> None:
 
 
 def joined(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
-    """`main` after joining the other processes as the flags say; what fails on this one alone ends it at once."""
+    """`main` after joining the other processes as the flags say; what fails on one of them ends all, with its line."""
 
     @functools.wraps(main)
     def run(argv: list[str]) -> None:
         join()
+        if jax.process_count() > 1:
+            threading.Thread(target=_follow, daemon=True).start()
         try:
             main(argv)
         except Exception as error:
             if jax.process_count() > 1 and not getattr(error, "shared", False):
+                code = 2 if isinstance(error, (InputError, OSError)) else 1
+                line = " ".join(f"process {jax.process_index()} stopped: {error or type(error).__name__}".split())
+                _client().key_value_set(_FAILED, json.dumps([jax.process_index(), code, line]), allow_overwrite=True)
                 # Before JAX's own handler, which would wait at a barrier for processes that wait for this one.
-                atexit.register(_leave, 2 if isinstance(error, (InputError, OSError)) else 1)
+                atexit.register(_leave, code)
             raise
 
     return run
@@ -165,7 +174,30 @@ def _initialize(*place, **options) -> None:
         raise InputError(f"can't join {where}: {str(error).splitlines()[0]}") from error
 
 
+def _follow() -> None:
+    """Ends this process when another has failed on its own: in a collective it would wait for it until JAX, after 100
+    seconds without a sign of life, aborts it."""
+    while True:
+        try:
+            process, code, line = json.loads(_client().blocking_key_value_get(_FAILED, _LONGEST_WAIT))
+        except jax.errors.JaxRuntimeError as error:
+            if "DEADLINE_EXCEEDED" in str(error):
+                continue
+            return  # all have ended
+        if process != jax.process_index():
+            print(f"error: {line}", file=sys.stderr)
+            _leave(code)
+        return
+
+
+def _client() -> Any:
+    """The key-value store that the processes share; JAX has no public name for it."""
+    return distributed.global_state.client
+
+
 def _leave(code: int) -> None:
+    if is_first():  # its end is that of the store, where the others read why
+        time.sleep(1)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

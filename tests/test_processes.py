@@ -250,6 +250,18 @@ def test_only_the_first_process_speaks(two, four):
     assert "sample: 床前明月光，" in two.printed[0][1] and "床前明月光，" in two.printed[0][0]
 
 
+@pytest.mark.parametrize("broken", [0, 1])
+def test_a_process_that_fails_in_the_loop_ends_with_its_line_and_the_other_with_it(root, of, one, tmp_path, broken):
+    jobs = [["meet", dict(sizes=FSDP)], ["run", dict(config=of(6), workdir=str(tmp_path / "run"), broken=broken)]]
+    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
+    started = time.monotonic()
+    ended = start(tmp_path, ["tests/several.py"], 2, f"--jobs={tmp_path / 'jobs.json'}", f"--out={tmp_path}")
+    assert [code for code, _, _ in ended] == [2, 2]
+    assert ended[broken][2].splitlines()[-1] == "error: row 7 can't be read"
+    assert ended[1 - broken][2].splitlines()[-1] == f"error: process {broken} stopped: row 7 can't be read"
+    assert time.monotonic() - started < 90  # JAX alone would take 100 seconds to notice
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
