@@ -166,8 +166,9 @@ def discard_after(workdir: str | Path, step: int) -> int:
     directory = Path(workdir) / "checkpoints"
     steps = sorted(int(path.name) for path in directory.glob("*") if path.name.isdigit())
     kept = [one for one in steps if one <= step] or steps[:1]
-    for one in steps[len(kept) :]:
-        shutil.rmtree(directory / str(one))
+    for one in steps[len(kept) :]:  # renamed first, so that none is ever seen half removed
+        removing = (directory / str(one)).rename(directory / f"{one}.orbax-checkpoint-tmp")
+        shutil.rmtree(removing)
     return kept[-1] if kept else 0
 
 

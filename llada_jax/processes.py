@@ -114,18 +114,21 @@ def together() -> Iterator[None]:
     _exchange()
 
 
-def once(work: Callable[[], object]) -> None:
-    """Runs `work` on the first process while the others wait; if it fails, every process does."""
+def once(work: Callable[[], object]) -> Any:
+    """What `work` returns, short and in JSON's types: run on the first process while the others wait.
+
+    If it fails, every process does.
+    """
+    result = None
     with together():
         if is_first():
-            work()
+            result = work()
+    return json.loads(gathered(json.dumps(result))[0])
 
 
-def from_first(work: Callable[[], Any]) -> Any:
-    """What `work` returns on the first process, something short that JSON can hold, on every process."""
-    with together():
-        value = work() if is_first() else None
-    return value if jax.process_count() == 1 else json.loads(_exchange(json.dumps(value))[0])
+def gathered(value: str) -> list[str]:
+    """The value of every process, on every process."""
+    return [value] if jax.process_count() == 1 else _exchange(value)
 
 
 def agree(what: str, value: object) -> None:

@@ -138,4 +138,7 @@ def resumed(guard: Guard, rollback: dict[str, Any] | None) -> Guard:
 
 def _rollbacks(workdir: str | Path) -> list[dict[str, Any]]:
     path = Path(workdir) / "rollbacks.json"
-    return json.loads(path.read_text()) if path.exists() else []
+    try:
+        return json.loads(path.read_text()) if path.exists() else []
+    except ValueError as error:
+        raise InputError(f"{path}: not valid JSON ({error}); copy it again, or the run repeats what failed") from error

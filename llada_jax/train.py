@@ -89,9 +89,7 @@ def _train(config: RunConfig, workdir: str | Path, title: str) -> dict[str, floa
         saver = checkpoint.Checkpointer(workdir, config)
         state = _start(config, model, optax_optimizer, saver, mesh, options, clock)
         first = int(state.step)
-        state.guard = stability.resumed(
-            state.guard, processes.from_first(lambda: stability.rollback_to(workdir, first))
-        )
+        state.guard = stability.resumed(state.guard, processes.once(lambda: stability.rollback_to(workdir, first)))
         schedule = optimizer.make_schedule(config.optimizer.schedule, **_phases(config))
         with processes.together():
             reporter = Reporter(
