@@ -1,7 +1,7 @@
 """Orbax checkpoints of a run: saved in the background, restored on any mesh, kept with the resolved config.
 
-A workdir holds checkpoints/STEP/{model,optimizer,checksums.json}, config.json and the tokenizer. A checkpoint carries
-the config, too.
+A workdir holds checkpoints/STEP/{model,optimizer,guard,checksums.json}, config.json and the tokenizer. A checkpoint
+carries the config, too.
 """
 
 import contextlib
@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from llada_jax import integrity, processes, untrusted
@@ -34,9 +33,9 @@ _WRITING, _REMOVING, _DAMAGED = ".writing", ".removing", ".damaged"  # behind th
 # What may change between two runs in one workdir; everything else is refused.
 _HARMLESS = (
     "config.train.log_every", "config.train.eval_every", "config.train.sample_every", "config.train.sample_prompt",
-    "config.train.microbatches", "config.train.steps", "config.data.threads", "config.data.on_damage",
-    "config.checkpoint.", "config.mesh.",
-    "config.model.remat", "config.model.attention_kernel",
+    "config.train.microbatches", "config.train.steps", "config.train.spike_sigma", "config.train.rollback_after",
+    "config.train.rollback_rate", "config.train.stall_seconds", "config.data.threads", "config.data.on_damage",
+    "config.checkpoint.", "config.mesh.", "config.model.remat", "config.model.attention_kernel",
 )  # fmt: skip
 _WITH_PERMISSION = ("config.optimizer.schedule",)  # what may with --allow_config_change
 
@@ -76,12 +75,17 @@ class Checkpointer:
         return None
 
     def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """The state of a checkpoint, as arrays sharded like those of `like`, and the notes saved with it."""
+        """The state of a checkpoint, as arrays sharded like those of `like`, and the notes saved with it.
+
+        An old one without a guard takes that of `like`.
+        """
+        parts, place = _parts(like), str(self._place(step))
         with readable(self._place(step)), frugal(jax.tree.leaves(like)):
-            parts = ocp.load_checkpointables(str(self._place(step)), _abstract(_parts(like)))
-            metadata: Any = ocp.checkpointables_metadata(str(self._place(step))).custom_metadata
+            stored: Any = ocp.checkpointables_metadata(place)
+            wanted = {part: tree for part, tree in parts.items() if part != "guard" or part in stored.metadata}
+            parts |= ocp.load_checkpointables(place, _abstract(wanted))
         leaves = [parts[part][name] for part, name in _names(like)]
-        return jax.tree.unflatten(jax.tree.structure(like), leaves), (metadata or {}).get("notes", {})
+        return jax.tree.unflatten(jax.tree.structure(like), leaves), (stored.custom_metadata or {}).get("notes", {})
 
     def due(self, step: int) -> bool:
         return step % self._options.every_steps == 0
@@ -95,7 +99,7 @@ class Checkpointer:
         first: what must have been done before the checkpoint is visible; done in the background, too. Waits for an
         earlier save. What fails is an event, and does not end the run: the next save tries again.
         """
-        self._wait()
+        self.wait()
         processes.once(self._make_room)
         self._failure = ""
         context = frugal(jax.tree.leaves(state))
@@ -115,7 +119,7 @@ class Checkpointer:
 
     def finish(self) -> None:
         """Waits for the last save on every process; raises InputError if it failed."""
-        self._wait()
+        self.wait()
         with processes.together():
             if self._failure:
                 raise InputError(
@@ -126,7 +130,7 @@ class Checkpointer:
     def close(self) -> None:
         """Lets a save that is under way come to its end, unless that needs other processes."""
         if jax.process_count() == 1:
-            self._wait()
+            self.wait()
         if processes.is_first() and self._failure:  # then threads of TensorStore go on writing for a while
             quiet = 0
             while quiet < 10:
@@ -153,7 +157,8 @@ class Checkpointer:
             self._sweep()  # before anything else is written to what may be a full disk
             self._tell("save failed", step, self._failure, action)
 
-    def _wait(self) -> None:
+    def wait(self) -> None:
+        """Returns when nothing is being saved any more, whether it went well or not."""
         if self._saving is not None:
             self._saving[1].join()
         self._saving = None
@@ -201,9 +206,10 @@ def place_of(workdir: str | Path, step: int | None = None) -> Path:
     """The directory of a checkpoint, by default the newest. Raises InputError if there is none."""
     directory = Path(workdir).resolve() / "checkpoints"
     steps = sorted(saved_steps(directory))
-    if not steps or step not in (None, *steps):
-        holds = f"; there are {', '.join(map(str, steps))}" if steps else ""
-        raise InputError(f"{directory}: no checkpoint{'' if step is None else f' of step {step}'} in it{holds}")
+    if not steps:
+        raise InputError(f"{directory}: no complete checkpoint in it yet")
+    if step not in (None, *steps):
+        raise InputError(f"{directory}: no checkpoint of step {step} in it; there are {', '.join(map(str, steps))}")
     return directory / str(steps[-1] if step is None else step)
 
 
@@ -217,28 +223,25 @@ def load_model(path: str | Path, mesh=None, dtype: str | None = "float32") -> Tr
     directory = Path(path) / "checkpoints"
     if not directory.is_dir():
         raise InputError(f"{path}: no checkpoints/ in it; give the --workdir of a training run")
+    place = place_of(path)
     like = abstract_model(config, mesh)
     named: dict[str, jax.Array] = {}
-    untrusted.require_files(directory)
-    with _readable(directory), ocp.training.Checkpointer(epath.Path(directory).resolve()) as orbax:
-        if orbax.latest is None:
-            raise InputError(f"{directory}: no complete checkpoint in it yet")
-        place = directory / str(orbax.latest.step)
-        with readable(place):
-            metadata: Any = orbax.checkpointables_metadata(None).metadata
-            stored = (metadata or {}).get("model")
-            if not stored:
-                raise InputError(f"{place}: holds no model; copy it again")
-            for name, x in sorted(named_leaves(like), key=lambda item: -item[1].size):
-                found = stored.get(name)
-                if found is None or found.shape != x.shape:
-                    told = "none" if found is None else f"shape {found.shape}"
-                    raise InputError(f"{place}: config.json makes {name} {x.shape}, the checkpoint holds {told} of it")
-                one = {name: jax.ShapeDtypeStruct(x.shape, dtype or found.dtype, sharding=x.sharding)}
-                context = frugal([x])
-                context.pytree.loading.partial_load = True
-                with context:
-                    named |= orbax.load_checkpointables(None, {"model": one})["model"]
+    untrusted.require_files(place)
+    with readable(place):
+        metadata: Any = ocp.checkpointables_metadata(str(place)).metadata
+        stored = (metadata or {}).get("model")
+        if not stored:
+            raise InputError(f"{place}: holds no model; copy it again")
+        for name, x in sorted(named_leaves(like), key=lambda item: -item[1].size):
+            found = stored.get(name)
+            if found is None or found.shape != x.shape:
+                told = "none" if found is None else f"shape {found.shape}"
+                raise InputError(f"{place}: config.json makes {name} {x.shape}, the checkpoint holds {told} of it")
+            one = {name: jax.ShapeDtypeStruct(x.shape, dtype or found.dtype, sharding=x.sharding)}
+            context = frugal([x])
+            context.pytree.loading.partial_load = True
+            with context:
+                named |= ocp.load_checkpointables(str(place), {"model": one})["model"]
     return jax.tree.unflatten(jax.tree.structure(like), [named[name] for name, _ in named_leaves(like)])
 
 
@@ -294,6 +297,19 @@ def abstract_model(config: ModelConfig, mesh) -> Transformer:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=concrete(x)), like)
 
 
+def discard_after(workdir: str | Path, step: int) -> int:
+    """Removes the checkpoints after `step`, save the oldest if there is none before; the newest left, 0 if none.
+
+    For one process alone, while no Checkpointer is open.
+    """
+    directory = Path(workdir) / "checkpoints"
+    steps = sorted(saved_steps(directory))
+    kept = [one for one in steps if one <= step] or steps[:1]
+    for one in steps[len(kept) :]:  # renamed first, so that none is ever seen half removed
+        shutil.rmtree((directory / str(one)).rename(directory / f"{one}{_REMOVING}"))
+    return kept[-1] if kept else 0
+
+
 def load_config(workdir: str | Path) -> dict:
     """The resolved config of a run."""
     path = Path(workdir) / "config.json"
@@ -341,7 +357,7 @@ def _with_defaults(config: dict) -> dict:
 
 
 def _parts(state: TrainState) -> dict[str, dict[str, jax.Array]]:
-    parts: dict[str, dict[str, jax.Array]] = {"model": {}, "optimizer": {}}
+    parts: dict[str, dict[str, jax.Array]] = {"model": {}, "optimizer": {}, "guard": {}}
     for (part, name), leaf in zip(_names(state), jax.tree.leaves(state), strict=True):
         parts[part][name] = leaf
     return parts
@@ -351,8 +367,8 @@ def _names(state: TrainState) -> list[tuple[str, str]]:
     """(part, name) of each leaf: the model by itself, so that it can be read alone."""
     names = []
     for name, _ in named_leaves(state):
-        in_model = name.startswith("model.")
-        names.append(("model", name.removeprefix("model.")) if in_model else ("optimizer", name))
+        part, _, rest = name.partition(".")
+        names.append((part, rest) if part in ("model", "guard") else ("optimizer", name))
     return names
 
 

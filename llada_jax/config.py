@@ -177,6 +177,10 @@ def run_config(preset: str = "llada_8b") -> RunConfig:
             eval_rows=256,
             sample_every=0,  # 0: never
             sample_prompt="",
+            spike_sigma=0.0,  # skip an update so far above the last 128 in loss or gradient norm. 0: only if not finite
+            rollback_after=20,  # updates skipped in a row; then back to a checkpoint and on with other data. 0: never
+            rollback_rate=1.0,  # by which a rollback multiplies the learning rate
+            stall_seconds=600.0,  # in one phase of a step, after which the stacks of all threads are printed; 0: never
         )
     )
     config.checkpoint = ConfigDict(  # checkpoint.py

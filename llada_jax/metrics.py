@@ -11,6 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from llada_jax.config import ModelConfig
+from llada_jax.goodput import Goodput
 from llada_jax.logs import Board, Lines
 from llada_jax.losses import BUCKETS
 
@@ -70,12 +71,12 @@ class Reporter:
 
     def __init__(
         self, workdir: str | Path, c: ModelConfig, *, rows: int, length: int, tokens_per_byte: float, schedule,
-        total_steps: int, first_step: int, log_every: int, title: str, notes: dict[str, Any],
+        total_steps: int, first_step: int, log_every: int, title: str, notes: dict[str, Any], goodput: Goodput,
     ):  # fmt: skip
         self._c, self._rows, self._length, self._tokens_per_byte = c, rows, length, tokens_per_byte
         self._schedule, self._total, self._log_every, self._title = schedule, total_steps, log_every, title
         self._smooth = SmoothElbo(sums=notes["smooth_elbo"]) if notes else SmoothElbo()
-        self._replaced_rows = 0.0
+        self._goodput, self._replaced_rows = goodput, 0.0
         self._writes = jax.process_index() == 0
         self.restart_clock()
         if self._writes:
@@ -89,7 +90,8 @@ class Reporter:
     def step(self, step: int, metrics: dict, data_seconds: float) -> None:
         """Takes one step's metrics (device arrays of a finished step) and writes at every log_every-th."""
         m = {name: np.asarray(value, np.float64) for name, value in jax.device_get(metrics).items()}
-        self._smooth.add(m["ce_sum"], m["ce_count"])
+        if np.isfinite(m["ce_sum"]).all():
+            self._smooth.add(m["ce_sum"], m["ce_count"])
         self._tokens += float(m["tokens"])
         self._flops += flops_per_step(self._c, self._rows, self._length, float(m["ce_count"].sum()))
         self._data_seconds += data_seconds
@@ -105,12 +107,19 @@ class Reporter:
             if np.isfinite(nats) and not self._c.causal:
                 scalars[f"2_ce_by_mask_ratio/{i / BUCKETS:.1f}-{(i + 1) / BUCKETS:.1f}"] = float(nats)
         scalars["3_optimizer/grad_norm"] = float(m["grad_norm"])
-        scalars["3_optimizer/learning_rate"] = float(self._schedule(step - 1))
+        made = step - 1 - int(m["skipped"])  # updates before this one
+        scalars["3_optimizer/learning_rate"] = float(self._schedule(made) * m["rate"])
+        scalars["3_optimizer/skipped_updates"] = float(m["skipped"])
         scalars["4_speed/tokens_per_second"] = self._tokens / seconds
         scalars["4_speed/data_wait_share"] = self._data_seconds / seconds
         scalars["4_speed/seconds_per_step"] = seconds / self._log_every
         if "replaced_rows" in m:
             scalars["5_data/replaced_rows"], self._replaced_rows = self._replaced_rows, 0.0  # since the last line
+        scalars |= self._goodput.scalars()
+        if "host_seconds" in m:  # of each device, those of its host
+            slowest, mean = float(m["host_seconds"].max()), float(m["host_seconds"].mean())
+            scalars["4_speed/slowest_host_over_mean"] = slowest / mean
+            scalars["4_speed/slowest_host_seconds_per_step"] = slowest / self._log_every
         peak = peak_flops()
         if peak:
             scalars["4_speed/mfu"] = self._flops / seconds / (peak * jax.device_count())
@@ -159,6 +168,7 @@ class Reporter:
         self._tokens, self._flops, self._data_seconds, self._since = 0.0, 0.0, 0.0, time.perf_counter()
 
     def close(self) -> None:
+        self.say(f"{self._title}: {self._goodput.line()}")
         if self._writes:
             self._bar.close()
             self._board.close()

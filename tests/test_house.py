@@ -10,15 +10,15 @@ PACKAGE = ROOT / "llada_jax"
 FLOORS = [
     {"config"},
     {"processes", "integrity", "logs", "requests", "untrusted"},
-    {"events"},
+    {"events", "goodput"},
     {"sharding", "compiler_options", "cli", "checks"},
-    {"attention", "diffusion", "optimizer"},
+    {"attention", "diffusion", "optimizer", "stability", "watchdog"},
     {"model", "data"},
     {"cross_entropy"},
     {"losses"},
     {"train_step", "sampling", "likelihood"},
     {"checkpoint", "metrics"},
-    {"interop"},
+    {"interop", "loop"},
     {"train", "evaluation", "sample"},
     {"ahead"},
 ]
