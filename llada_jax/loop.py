@@ -51,17 +51,17 @@ class Loop:
                 own_seconds = 0.0
             self._pending.append((step, metrics, waited))
             request = self.asked.poll()
-            evaluating = self.evaluate is not None and self._due(step, fields.eval_every)
-            sampling = self.sample is not None and self._due(step, fields.sample_every)
+            evaluate = self.evaluate if self._due(step, fields.eval_every) else None
+            sample = self.sample if self._due(step, fields.sample_every) else None
             saving = self.saver.due(step) or step == fields.steps or request != requests.NOTHING
-            self._fetch(late=0 if evaluating or sampling or saving else 1)
-            if evaluating:
+            self._fetch(late=0 if evaluate or sample or saving else 1)
+            if evaluate:
                 clock.enter("evaluate")
-                last = self.reporter.evaluation(step, self.evaluate(state.model))
+                last = self.reporter.evaluation(step, evaluate(state.model))
                 self.reporter.restart_clock()
-            if sampling:
+            if sample:
                 clock.enter("sample")
-                self.reporter.text(step, "sample", self.sample(state.model))
+                self.reporter.text(step, "sample", sample(state.model))
                 self.reporter.restart_clock()
             if saving:
                 clock.enter("save")
