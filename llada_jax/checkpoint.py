@@ -26,7 +26,7 @@ from llada_jax import integrity, processes
 from llada_jax.config import InputError, ModelConfig, RunConfig, differences, model_config, run_config
 from llada_jax.events import Events
 from llada_jax.model import Transformer
-from llada_jax.sharding import require_mesh
+from llada_jax.sharding import require_divides, require_mesh
 from llada_jax.train_step import TrainState
 
 _WRITING, _REMOVING, _DAMAGED = ".writing", ".removing", ".damaged"  # behind the step, until it is complete or after
@@ -285,6 +285,7 @@ def abstract_model(config: ModelConfig, mesh) -> Transformer:
         like = jax.eval_shape(lambda key: Transformer(config, key), jax.random.key(0))
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), like)
     require_mesh(mesh)
+    require_divides(config, mesh)
     with jax.set_mesh(mesh):
         like = jax.eval_shape(lambda key: Transformer(config, key), jax.random.key(0))
     concrete = lambda x: jax.sharding.NamedSharding(mesh, x.sharding.spec)  # noqa: E731

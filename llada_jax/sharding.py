@@ -18,7 +18,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from llada_jax.config import InputError
+from llada_jax.config import InputError, ModelConfig
 
 AXES = ("data", "fsdp", "tensor", "context")
 BATCH = ("data", "fsdp")  # the axes that split the rows of a batch
@@ -71,6 +71,20 @@ def require_mesh(mesh) -> None:
     """Raises InputError for a mesh that `make_mesh` would not make."""
     if not isinstance(mesh, Mesh) or mesh.axis_names != AXES or set(mesh.axis_types) != {AxisType.Explicit}:
         raise InputError(f"mesh must have the explicit axes {', '.join(AXES)}; make it with sharding.make_mesh")
+
+
+def require_divides(model: ModelConfig, mesh: Mesh, row_length: int | None = None) -> None:
+    """Raises InputError where an axis of the mesh does not divide what it shards."""
+    sharded = [
+        ("fsdp", "model.d_model", model.d_model),
+        ("tensor", "model.n_kv_heads", model.n_kv_heads),
+        ("tensor", "model.mlp_hidden_size", model.mlp_hidden_size),
+        ("tensor", "model.embedding_size", model.embedding_size),
+        ("context", "data.row_length", row_length or 0),
+    ]
+    for axis, name, size in sharded:
+        if size % mesh.shape[axis]:
+            raise InputError(f"config.mesh.{axis}={mesh.shape[axis]} does not divide config.{name}, which is {size}")
 
 
 def _show(shape: list[int]) -> str:

@@ -52,6 +52,7 @@ def train(
             raise InputError(f"{workdir}: is a file; --workdir names a directory")
         tokenizer, rows, validation = open_data(config, workdir)
         model = fit_to_tokenizer(config, tokenizer)
+        sharding.require_divides(model, mesh, config.data.row_length)
         processes.once(lambda: _claim(workdir, config, tokenizer, allow_config_change))
         _require_shared(workdir / "config.json")
 

@@ -28,6 +28,12 @@ def tiny(**train):
         (lambda c: c.mesh.update(tensor=3), 1, "does not fit 16 devices"),
         (lambda c: c.mesh.update(fsdp=1, tensor=32), 2, "the devices are in 2 slices or hosts; data x fsdp must be a"),
         (lambda c: c.data.update(row_length=4096), 1, "longer than the model's context"),
+        (lambda c: c.mesh.update(tensor=16), 1, "config.mesh.tensor=16 does not divide config.model.n_kv_heads"),
+        (
+            lambda c: [c.mesh.update(context=16, fsdp=1), c.data.update(row_length=100)],
+            1,
+            "config.mesh.context=16 does not divide config.data.row_length, which is 100",
+        ),
     ],
 )
 def test_what_can_not_run_is_refused_before_it_is_compiled(change, slices, message):

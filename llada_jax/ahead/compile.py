@@ -62,6 +62,7 @@ def compile_step(
     model = model_config(config.model)
     mesh = sharding.make_mesh(dict(config.mesh), absent_devices(topology))
     train.check(config, mesh.size)
+    sharding.require_divides(model, mesh, config.data.row_length)
     optax_optimizer, step_fn, _, notes = train.training_step(config, mesh)
     start = time.perf_counter()
     with jax.set_mesh(mesh), _compilation_cache(cache), tempfile.TemporaryDirectory() as dump:
