@@ -317,8 +317,10 @@ def test_a_digest_depends_on_every_bit_and_not_on_the_mesh(trained, make_run, tm
             init = jax.jit(train.train_step.init_state, static_argnums=(0, 1))
             state, _ = checkpoint.Checkpointer(trained, run).restore(6, init(config, optimizer, jax.random.key(0)))
             if bit:
-                norm = state.model.norm.value
-                state.model.norm.value = jax.device_put(np.nextafter(np.asarray(norm), 2.0), norm.sharding)
+                leaves, tree = jax.tree.flatten(state.model)
+                changed = np.array(leaves[0])
+                changed.flat[0] = np.nextafter(changed.flat[0], np.float32(2))
+                state.model = jax.tree.unflatten(tree, [jax.device_put(changed, leaves[0].sharding), *leaves[1:]])
             saver.save(6, state)
             saver.finish()
         found[name] = digest(tmp_path / name)
