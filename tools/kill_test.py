@@ -91,7 +91,8 @@ class Run:
         """What is going on, as far as the files tell."""
         config = self.workdir / "config.json"
         if not config.exists() or config.stat().st_mtime < self.began:
-            return "preparing" if self.workdir.exists() else "joining"
+            touched = self.workdir.exists() and self.workdir.stat().st_mtime >= self.began
+            return "preparing" if touched else "joining"
         if " steps from " not in self.logs[0].read_text():
             return "starting" if not self.steps() else "restoring"
         if any(self.workdir.glob("checkpoints/*.writing")):
