@@ -51,7 +51,7 @@ class Checkpointer:
         self._config, self._options = config.to_dict(), config.checkpoint
         self._directory = Path(workdir).resolve() / "checkpoints"
         self._events = Events(workdir)
-        self._saving: tuple[int, threading.Thread] | None = None
+        self._saving: threading.Thread | None = None
         self._failure = ""  # of the last save
         processes.once(self._sweep)
 
@@ -113,9 +113,8 @@ class Checkpointer:
         except Exception as error:
             self._report_failure(step, error)
             return
-        thread = threading.Thread(target=self._complete, args=(step, writing, first), daemon=True)
-        thread.start()
-        self._saving = step, thread
+        self._saving = threading.Thread(target=self._complete, args=(step, writing, first), daemon=True)
+        self._saving.start()
 
     def finish(self) -> None:
         """Waits for the last save on every process; raises InputError if it failed."""
@@ -160,7 +159,7 @@ class Checkpointer:
     def wait(self) -> None:
         """Returns when nothing is being saved any more, whether it went well or not."""
         if self._saving is not None:
-            self._saving[1].join()
+            self._saving.join()
         self._saving = None
 
     def _place(self, step: int, suffix: str = "") -> Path:
@@ -192,7 +191,10 @@ class Checkpointer:
 
     def _tell(self, event: str, step: int, cause: str, action: str) -> None:
         print(f"step {step}: {event}: {cause}; {action}", file=sys.stderr)
-        self._events.write(event, step=step, cause=cause, action=action)
+        try:
+            self._events.write(event, step=step, cause=cause, action=action)
+        except OSError as error:  # the disk is still full
+            print(f"events.jsonl: {error.strerror}; the line above is not in it", file=sys.stderr)
 
 
 def saved_steps(directory: Path) -> list[int]:

@@ -47,8 +47,10 @@ def joined(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
     @functools.wraps(main)
     def run(argv: list[str]) -> None:
         join()
+        ended = threading.Event()
+        follower = threading.Thread(target=_follow, args=(ended,), daemon=True)
         if jax.process_count() > 1:
-            threading.Thread(target=_follow, daemon=True).start()
+            follower.start()
         try:
             main(argv)
         except Exception as error:
@@ -59,6 +61,10 @@ def joined(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
                 atexit.register(_leave, code)
                 _client().key_value_set(_FAILED, json.dumps([jax.process_index(), code, line]), allow_overwrite=True)
             raise
+        finally:
+            ended.set()
+            if follower.is_alive():  # Python aborts if it ends while another thread is inside of C++
+                follower.join()
 
     return run
 
@@ -184,12 +190,12 @@ def _initialize(*place, **options) -> None:
         raise InputError(f"can't join {where}: {str(error).splitlines()[0]}") from error
 
 
-def _follow() -> None:
+def _follow(ended: threading.Event) -> None:
     """Ends this process when another has failed on its own: in a collective it would wait for it until JAX, after
     _HEARTBEAT_SECONDS without a sign of life, aborts it."""
-    while True:
+    while not ended.is_set():
         try:
-            process, code, line = json.loads(_client().blocking_key_value_get(_FAILED, _LONGEST_WAIT))
+            process, code, line = json.loads(_client().blocking_key_value_get(_FAILED, 1000))
         except jax.errors.JaxRuntimeError as error:
             if "DEADLINE_EXCEEDED" in str(error):
                 continue

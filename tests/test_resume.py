@@ -114,22 +114,19 @@ def test_killed_and_stopped_runs_end_in_the_same_bits_and_the_same_metrics(tmp_p
 
 def test_a_second_sigterm_ends_a_program_at_once_that_is_busy(tmp_path):
     program = """if True:
-        import ctypes, jax, signal
+        import jax
         from llada_jax import requests
         with requests.Requests(jax.make_mesh((1,), ("data",), devices=jax.devices()[:1]), 0):
             print("ready", flush=True)
-            ctypes.PyDLL(None)  # what follows releases the lock as a step does, and heeds no signal
-            signal.pthread_sigmask(signal.SIG_BLOCK, ())
-            jax.block_until_ready(jax.jit(lambda x: jax.lax.fori_loop(0, 2**40, lambda i, x: x + i, x))(0))
+            jax.block_until_ready(jax.jit(lambda x: jax.lax.while_loop(lambda x: x < 2, lambda x: 1 - x, x))(0))
     """
-    child = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE)
-    assert child.stdout and child.stdout.readline() == b"ready\n"
-    for _ in range(2):
-        time.sleep(1)
-        assert child.poll() is None
-        child.terminate()
-    assert child.wait(20) == 128 + signal.SIGTERM
-    child.stdout.close()
+    with subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE) as child:
+        assert child.stdout and child.stdout.readline() == b"ready\n"
+        for _ in range(2):
+            time.sleep(1)
+            assert child.poll() is None
+            child.terminate()
+        assert child.wait(20) == 128 + signal.SIGTERM
 
 
 # --- saved by the clock, by steps, for good ---
@@ -297,7 +294,7 @@ def test_tensorboard_gets_what_is_flushed_and_hides_what_is_trained_again(tmp_pa
 
 def test_a_run_goes_on_with_fewer_devices_and_on_another_mesh(trained, make_run, tmp_path, monkeypatch):
     make_mesh = sharding.make_mesh
-    for done, devices, sizes in ((2, 8, {}), (4, 4, {}), (5, 2, dict(fsdp=1, tensor=2)), (6, 1, {})):
+    for done, devices, sizes in ((2, 8, {}), (4, 4, dict(fsdp=2, tensor=2)), (6, 1, {})):
         monkeypatch.setattr(jax, "device_count", lambda count=devices: count)
         monkeypatch.setattr(sharding, "make_mesh", lambda s, count=devices: make_mesh(s, jax.devices()[:count]))
         run = make_run(steps=done)
@@ -313,15 +310,17 @@ def test_a_digest_depends_on_every_bit_and_not_on_the_mesh(trained, make_run, tm
     config = checkpoint.model_config(checkpoint.load_config(trained)["model"])
     run, found = make_run(), {}
     optimizer = train.training_step(make_run(steps=6), sharding.make_mesh(dict(run.mesh)))[0]
-    for name, sizes, bit in (("a", {}, 0), ("b", dict(fsdp=2, tensor=4), 0), ("c", {}, 1)):
+    for name, sizes, bit in (("a", {}, 0), ("b", dict(fsdp=4, tensor=2), 0), ("c", {}, 1)):
         mesh = sharding.make_mesh(dict(run.mesh) | sizes)
         saver = checkpoint.Checkpointer(tmp_path / name, run)
         with jax.set_mesh(mesh):
             init = jax.jit(train.train_step.init_state, static_argnums=(0, 1))
             state, _ = checkpoint.Checkpointer(trained, run).restore(6, init(config, optimizer, jax.random.key(0)))
             if bit:
-                norm = state.model.norm.value
-                state.model.norm.value = jax.device_put(np.nextafter(np.asarray(norm), 2.0), norm.sharding)
+                leaves, tree = jax.tree.flatten(state.model)
+                changed = np.array(leaves[0])
+                changed.flat[0] = np.nextafter(changed.flat[0], np.float32(2))
+                state.model = jax.tree.unflatten(tree, [jax.device_put(changed, leaves[0].sharding), *leaves[1:]])
             saver.save(6, state)
             saver.finish()
         found[name] = digest(tmp_path / name)

@@ -91,7 +91,8 @@ class Run:
         """What is going on, as far as the files tell."""
         config = self.workdir / "config.json"
         if not config.exists() or config.stat().st_mtime < self.began:
-            return "preparing" if self.workdir.exists() else "joining"
+            touched = self.workdir.exists() and self.workdir.stat().st_mtime >= self.began
+            return "preparing" if touched else "joining"
         if " steps from " not in self.logs[0].read_text():
             return "starting" if not self.steps() else "restoring"
         if any(self.workdir.glob("checkpoints/*.writing")):
@@ -116,7 +117,7 @@ def kill(run: Run, moment: str, draw: random.Random) -> Kill | None:
         "any": lambda: run.moment() not in ("joining", "preparing"),
         "computing": lambda: run.moment() == "computing" and run.lines() > lines,
     }
-    pause = {"any": 4.0, "preparing": 0.3, "restoring": 1.0, "computing": 0.3}.get(moment, 0.03)  # seconds, at most
+    pause = {"any": 4.0, "preparing": 0.1, "restoring": 1.0, "computing": 0.3}.get(moment, 0.03)  # seconds, at most
     while not reached.get(moment, lambda: run.moment() == moment)() and run.lines() < lines + 50:
         if not run.is_running():
             return None
@@ -150,7 +151,18 @@ def same(whole: Path, killed: Path) -> list[tuple[int, str, str]]:
     return [(step, digest(whole, step)[1], digest(killed, step)[1]) for step in sorted({*steps[0], *steps[1]})]
 
 
-MOMENTS = ["preparing", "starting", "first save", "saving", "restoring", "computing", "computing", "saving", "any"]
+MOMENTS = [
+    "preparing",
+    "preparing",
+    "starting",
+    "first save",
+    "saving",
+    "restoring",
+    "computing",
+    "computing",
+    "saving",
+    "any",
+]
 
 
 def main(_argv: list[str]) -> None:
@@ -165,7 +177,7 @@ def main(_argv: list[str]) -> None:
     print("| kill | moment | process | goes on at step | the others ended with | after s |\n|---|---|---|---|---|---|")
     while done < options.kills:
         # The first ones as they come, so that no beginning is missed; the others at random.
-        moment = MOMENTS[tried] if tried < len(MOMENTS) else draw.choice(MOMENTS[3:])
+        moment = MOMENTS[tried] if tried < len(MOMENTS) else draw.choice(MOMENTS[4:])
         tried += 1
         struck = kill(Run(root / "killed", options.processes, options.steps), moment, draw)
         if struck is None:
