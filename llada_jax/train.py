@@ -51,9 +51,8 @@ def train(config: RunConfig, workdir: str | Path, *, title: str = "train") -> di
         tokenizer, rows, validation = open_data(config, workdir)
         model = fit_to_tokenizer(config, tokenizer)
         sharding.require_divides(model, mesh, config.data.row_length)
-        processes.once(lambda: _claim(workdir, config, tokenizer))
         datasets = [source.path for source in (*rows.sources, *filter(None, [validation]))]
-        processes.once(lambda: manifest.require_unchanged(workdir, datasets))
+        processes.once(lambda: _claim(workdir, config, tokenizer, datasets))
         _require_shared(workdir / "config.json")
 
     with jax.set_mesh(mesh):
@@ -138,8 +137,9 @@ def _loop(config, state, step_fn, key, batches, evaluate, tokenizer, saver, repo
     return last
 
 
-def _claim(workdir: Path, config: RunConfig, tokenizer: Tokenizer) -> None:
+def _claim(workdir: Path, config: RunConfig, tokenizer: Tokenizer, datasets: list[Path]) -> None:
     checkpoint.claim_workdir(workdir, config)
+    manifest.require_unchanged(workdir, datasets)
     tokenizer.save(workdir / "tokenizer")
     if config.train.init_from:
         hf.copy_companions(config.train.init_from, workdir / "tokenizer")
