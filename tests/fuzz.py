@@ -256,7 +256,7 @@ def main() -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
         for i, name in enumerate(given.child.split(",")):
             child(name, given.start if i == 0 else 0, given.inputs, given.seed, out)
-        return
+        os._exit(0)  # at once: threads of libraries may be reading still
     from fuzz_formats import FORMATS
 
     print("| format | inputs | accepted | refused with a clear line | anything else | seconds | peak MB |")
