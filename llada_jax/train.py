@@ -86,9 +86,8 @@ def _train(config: RunConfig, workdir: str | Path, title: str, allow_config_chan
         tokenizer, rows, validation = open_data(config, workdir)
         model = fit_to_tokenizer(config, tokenizer)
         sharding.require_divides(model, mesh, config.data.row_length)
-        processes.once(lambda: _claim(workdir, config, tokenizer, allow_config_change))
         datasets = [source.path for source in (*rows.sources, *filter(None, [validation]))]
-        processes.once(lambda: manifest.require_unchanged(workdir, datasets))
+        processes.once(lambda: _claim(workdir, config, tokenizer, datasets, allow_config_change))
         _require_shared(workdir / "config.json")
 
     clock, events = goodput.Goodput(workdir, begun), Events(workdir)
@@ -160,8 +159,9 @@ def _start(config: RunConfig, model: ModelConfig, optax_optimizer, saver, mesh, 
     return state, {}
 
 
-def _claim(workdir: Path, config: RunConfig, tokenizer: Tokenizer, allow_change: bool) -> None:
+def _claim(workdir: Path, config: RunConfig, tokenizer: Tokenizer, datasets: list[Path], allow_change: bool) -> None:
     checkpoint.claim_workdir(workdir, config, allow_change=allow_change)
+    manifest.require_unchanged(workdir, datasets)
     tokenizer.save(workdir / "tokenizer")
     if config.train.init_from:
         hf.copy_companions(config.train.init_from, workdir / "tokenizer")

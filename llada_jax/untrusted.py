@@ -7,6 +7,7 @@ from pathlib import Path
 from llada_jax.config import InputError
 
 LARGEST_JSON = 2**26  # bytes; parsing takes some twenty times as much memory at worst
+_LONGEST_NAME = 255  # bytes, on every file system
 
 
 def require_file(path: Path, most_bytes: int | None = None) -> None:
@@ -61,8 +62,11 @@ def inside(directory: Path, name: object, where: str) -> Path:
 
     A name is a plain one: no separators, no "..". A link may lead to another file of the directory.
     """
-    if not isinstance(name, str) or not name or name != os.path.basename(name) or name in (".", "..") or "\0" in name:
-        raise InputError(f"{where}: names the file {name!r}, which is no plain file name; copy it again")
+    plain = (
+        isinstance(name, str) and name == os.path.basename(name) and name not in ("", ".", "..") and "\0" not in name
+    )
+    if not isinstance(name, str) or not plain or len(name.encode(errors="replace")) > _LONGEST_NAME:
+        raise InputError(f"{where}: names the file {str(name)[:80]!r}, which is no plain file name; copy it again")
     path = directory / name
     if path.is_symlink() and not path.resolve().is_relative_to(directory.resolve()):
         raise InputError(f"{path}: is a link out of its directory; put the file itself there")

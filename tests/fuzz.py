@@ -221,7 +221,8 @@ def fuzz(names: Sequence[str], inputs: int, seed: int = 0) -> dict[str, dict]:
             if code := process.wait():
                 errors.seek(0)
                 tail = errors.read().decode(errors="replace")[-1500:]
-                told[left[0]]["else"][f"{'hang' if code == -9 else 'crash'} of code {code}: {tail}"] = str(start)
+                name = left[0] if left else names[-1]  # or at its very end
+                told[name]["else"][f"{'hang' if code == -9 else 'crash'} of code {code}: {tail}"] = str(start)
                 start += 1
                 if start >= inputs or sum(len(told[name]["else"]) for name in names) > 20:
                     left, start = left[1:], 0
@@ -255,7 +256,7 @@ def main() -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
         for i, name in enumerate(given.child.split(",")):
             child(name, given.start if i == 0 else 0, given.inputs, given.seed, out)
-        return
+        os._exit(0)  # at once: threads of libraries may be reading still
     from fuzz_formats import FORMATS
 
     print("| format | inputs | accepted | refused with a clear line | anything else | seconds | peak MB |")

@@ -237,9 +237,11 @@ def test_data_that_changed_since_the_run_began_is_refused(run, tmp_path, monkeyp
     shutil.copytree(tmp_path / file.split("/")[0], tmp_path / "kept")
     damage(tmp_path / file.split("/")[0])
     words = f"{file}: {what} since the run in .*w began; restore it, or choose another --workdir"
+    kept = {path.name: path.read_bytes() for path in (tmp_path / "w" / "tokenizer").iterdir()}
     with pytest.raises(InputError, match=words) as error:
         train.train(run, tmp_path / "w")
     assert "\n" not in str(error.value)
+    assert kept == {path.name: path.read_bytes() for path in (tmp_path / "w" / "tokenizer").iterdir()}
     shutil.rmtree(tmp_path / file.split("/")[0])
     (tmp_path / "kept").rename(tmp_path / file.split("/")[0])
     begun(run, tmp_path / "w", monkeypatch)

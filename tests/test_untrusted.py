@@ -133,12 +133,21 @@ ENDLESS = {
 }
 
 
+WORDS = {
+    "loops in loops": f"takes over {template_process.SECONDS} seconds",
+    "a large range": "Range too big",
+    "doubling": "needs more memory",
+    "much text": f"makes over {template_process.CHARACTERS} characters",
+    "its own refusal": "refuses these messages: roles must alternate",
+}
+
+
 @pytest.mark.parametrize("kind", ENDLESS)
 def test_a_template_without_bound_ends_in_one_line(tmp_path, kind):
     tokenizer = with_template(tmp_path / "bad", ENDLESS[kind])
     with pytest.raises(InputError, match="bad: its chat template") as error:
         tokenizer.encode_chat(MESSAGES)
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(error.value) and WORDS.get(kind, "") in str(error.value)
     good = with_template(tmp_path / "good", "{{ messages[0].content }}")  # the next one is not hurt
     assert good.decode(good.encode_chat(MESSAGES)) == "hi"
 
@@ -160,9 +169,19 @@ def test_a_template_that_is_no_text_is_named(tmp_path, template):
         load_tokenizer(tmp_path).encode_chat(MESSAGES)
 
 
+def test_a_tokenizer_that_panics_is_named(tmp_path):
+    tokenizer = json.loads((GOLDEN / "tokenizer.json").read_text())
+    split = {"type": "Split", "pattern": {"Regex": "(a+)+b"}, "behavior": "Isolated", "invert": False}
+    tokenizer["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, tokenizer["pre_tokenizer"]]}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(InputError, match="tokenizer.json: the tokenizer fails on this text .*retry-limit") as error:
+        load_tokenizer(tmp_path).encode("a" * 60)
+    assert "\n" not in str(error.value)
+
+
 # Names that lead elsewhere.
 
-NAMES = ["../x", "..", ".", "", "/etc/passwd", "a/b", "a/../../x", "x\0y", "rows/", None, 3]
+NAMES = ["../x", "..", ".", "", "/etc/passwd", "a/b", "a/../../x", "x\0y", "rows/", "春" * 86, None, 3]
 
 
 @pytest.fixture

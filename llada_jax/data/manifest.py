@@ -20,6 +20,10 @@ KINDS = ("text", "chat")
 _AGAIN = "copy the dataset again, or prepare it with tools/prepare_data.py"
 _LONGEST_ROW = 2**24
 _BEGUN = "inputs.json"  # of a workdir: the files that its run began with
+_COMPARED = (
+    "manifest.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
+    "chat_template.jinja",
+)  # fmt: skip
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
@@ -91,10 +95,9 @@ def require_unchanged(workdir: Path, directories: Sequence[Path]) -> None:
     """
     found = {}
     for directory in directories:
-        for path in sorted(directory.iterdir()):
-            if path.is_file() and path.suffix not in (".arrayrecord", ".npy"):
-                name = path.relative_to(workdir) if path.is_relative_to(workdir) else path.absolute()
-                found[str(name)] = _digest(path)
+        for path in filter(Path.is_file, (directory / name for name in _COMPARED)):
+            name = path.relative_to(workdir) if path.is_relative_to(workdir) else path.absolute()
+            found[str(name)] = _digest(path)
     place = workdir / _BEGUN
     if not place.exists():
         temporary = workdir / f"{_BEGUN}.tmp"

@@ -15,7 +15,7 @@ import jinja2
 import jinja2.sandbox
 
 SECONDS = 2  # of the processor for one rendering, which takes a millisecond
-MEMORY = 2**29  # bytes of address space
+MEMORY = 2**30  # bytes of address space
 CHARACTERS = 2**22  # of the rendered text
 
 
