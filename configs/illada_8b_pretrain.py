@@ -11,6 +11,7 @@ SLICES = {"v5p-128": dict(microbatches=10, remat="matmuls")}
 
 def get_config(name: str = ""):
     config = run_config("illada_8b")
+    config.model.residual = "compute"  # bfloat16, as large models are trained on TPUs: less memory and traffic
     config.data.files = ""
     config.data.row_length = 8192
     config.data.random_length_fraction = 0.0

@@ -13,6 +13,7 @@ def get_config(arg: str = ""):
     names = [name for name in arg.split(",") if name not in ("", "llada")]
     arm = "arm" in names
     config = run_config("arm_1b" if arm else "llada_1b")
+    config.model.residual = "compute"  # bfloat16, as large models are trained on TPUs: less memory and traffic
     config.data.files = ""
     config.data.row_length = 4096
     config.objective.name = "autoregressive" if arm else "pretrain"

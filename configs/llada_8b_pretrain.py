@@ -20,6 +20,7 @@ SLICES = {  # found with tools/compile_ahead.py; the global batch is the paper's
 
 def get_config(name: str = ""):
     config = run_config("llada_8b")
+    config.model.residual = "compute"  # bfloat16, as large models are trained on TPUs: less memory and traffic
     config.data.files = ""
     config.data.row_length = 4096
     config.data.random_length_fraction = 0.01

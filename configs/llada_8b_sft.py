@@ -14,6 +14,7 @@ SLICES = {"v5e-64": dict(microbatches=4, remat="projections")}
 
 def get_config(name: str = ""):
     config = run_config("llada_8b")
+    config.model.residual = "compute"  # bfloat16, as large models are trained on TPUs: less memory and traffic
     config.data.files = ""
     config.data.kind = "chat"
     config.data.row_length = 4096

@@ -83,7 +83,7 @@ def test_slices_are_spanned_by_data(topology):
 def test_an_option_that_the_compiler_does_not_know_is_reported(topology, monkeypatch):
     mesh = sharding.make_mesh(dict(data=1, fsdp=-1, tensor=1, context=1), topology("v6e:2x2"))
     known, lines = compiler_options.of_mesh(mesh)
-    assert known["xla_tpu_scoped_vmem_limit_kib"] == 49152 and not lines
+    assert known["xla_tpu_scoped_vmem_limit_kib"] == 98304 and not lines
     monkeypatch.setattr(compiler_options, "compiler_options_for", lambda kind: {**known, "xla_tpu_nonsense": True})
     assert compiler_options.of_mesh(mesh)[0] == known
     assert compiler_options.of_mesh(mesh)[1] == [
