@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from llada_jax import losses, stability
 from llada_jax.config import ModelConfig
 from llada_jax.model import Transformer
+from llada_jax.optimizer import keep
 from llada_jax.sharding import BATCH, current_mesh
 
 
@@ -36,7 +37,7 @@ def init_state(config: ModelConfig, optimizer: optax.GradientTransformation, key
 
 
 def make_train_step(
-    optimizer: optax.GradientTransformation, objective, objective_config, *, microbatches: int = 1,
+    optimizer: optax.GradientTransformationExtraArgs, objective, objective_config, *, microbatches: int = 1,
     spike_sigma: float = 0.0, rollback_after: int = 0, compiler_options: dict | None = None,
 ):  # fmt: skip
     """(state, batch, key) -> (state, metrics), jitted, the state donated.
@@ -66,11 +67,10 @@ def make_train_step(
             ((loss, sums), grads), _ = jax.lax.scan(accumulate, zeros, parts)
         norm = optax.tree.norm(grads)
         cause, guard = stability.judge(state.guard, loss, norm, spike_sigma=spike_sigma, rollback_after=rollback_after)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.model)
+        ok = cause == 0
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.model, ok=ok)
         model = optax.apply_updates(state.model, jax.tree.map(lambda u: guard.rate * u, updates))
-        # Selects that XLA computes along with Adam's update, which reads the old values anyway: no memory is moved.
-        keep = functools.partial(jax.tree.map, functools.partial(jax.lax.select, cause == 0))
-        model, opt_state = keep(model, state.model), keep(opt_state, state.opt_state)
+        model = keep(ok, model, state.model)
         metrics = {"loss": loss, "grad_norm": norm, "tokens": jnp.sum(batch.maskable), **sums}
         metrics |= {"cause": cause, "streak": guard.streak, "skipped": guard.skipped}
         metrics |= {"offset": guard.offset, "rate": guard.rate}

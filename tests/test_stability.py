@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from llada_jax import checkpoint, losses, optimizer, sharding, stability, train, train_step
 from llada_jax.config import InputError, run_config
+from llada_jax.data import pipeline
 from llada_jax.metrics import Reporter
 
 ALONE = dict(data=1, fsdp=1, tensor=1, context=1)
@@ -116,12 +117,23 @@ def run(make_tiny_run):
 
 
 @pytest.fixture(scope="module")
-def whole(run, tmp_path_factory):
-    """Its workdir, after updates 2, 5 and 6 were skipped and it was rolled back."""
-    workdir = tmp_path_factory.mktemp("whole")
-    with nan_batches(BATCHES):
+def rolled_back(run, tmp_path_factory):
+    """Its workdir, after updates 2, 5 and 6 were skipped and it was rolled back; the numbers of the batches it read."""
+    workdir, read, make = tmp_path_factory.mktemp("whole"), [], pipeline._make_batch
+
+    def noted(step, **rest):
+        read.append(step)
+        return make(step, **rest)
+
+    with nan_batches(BATCHES), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "_make_batch", noted)
         train.train(run, workdir)
-    return workdir
+    return workdir, read
+
+
+@pytest.fixture(scope="module")
+def whole(rolled_back):
+    return rolled_back[0]
 
 
 def events(workdir, *names):
@@ -148,6 +160,11 @@ def test_a_run_goes_back_skips_the_data_and_lowers_the_rate(whole):
     assert skipped[4] == skipped[8] == 1
     assert all(np.isfinite(logged(whole, "1_loss/loss")[step]) for step in (5, 6, 7, 8))
     assert np.isfinite(logged(whole, "1_loss/smooth_elbo_nats_per_token")[2])
+
+
+def test_a_rollback_goes_on_with_data_that_was_not_seen(rolled_back):
+    _, read = rolled_back
+    assert [read.count(number) for number in (0, 3, 4, 5, 6, 8, 9, 10)] == [1, 1, 1, 1, 2, 1, 1, 0]
 
 
 def test_a_run_killed_around_a_rollback_ends_in_the_same_bits(run, whole, tmp_path, monkeypatch):
