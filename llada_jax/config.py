@@ -68,6 +68,9 @@ class ModelConfig:
 
         for name in ("d_model", "n_layers", "n_heads", "n_kv_heads", "mlp_hidden_size", "vocab_size"):
             require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, must be positive")
+        for name, value in dataclasses.asdict(self).items():
+            most = 1e300 if type(getattr(ModelConfig, name)) is float else 2**31 - 1
+            require(not isinstance(value, int) or value <= most, f"{name} is {str(value)[:30]}, far too large")
         require(self.d_model % self.n_heads == 0, f"d_model {self.d_model} is not a multiple of n_heads {self.n_heads}")
         require(self.head_dim % 2 == 0, f"head size {self.head_dim} is odd; rotary embeddings need it even")
         require(

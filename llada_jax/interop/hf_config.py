@@ -5,7 +5,6 @@ carried in `ModelConfig.published`, so that saving gives it back.
 """
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -108,6 +107,7 @@ _FRESH: dict[str, dict] = {
     ),
 }  # fmt: skip
 
+_LARGEST_FLOAT = 1e300  # JSON knows integers that no float can hold
 _ILLADA_MASK = 5  # its config names no mask id; arXiv 2606.25331
 
 
@@ -265,7 +265,7 @@ def _natural(value, field: str, where: str) -> int:
 
 def _positive(raw: dict, field: str, where: str) -> float:
     value = raw.get(field, "missing")
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < _LARGEST_FLOAT:
         raise InputError(f"{where}: {field} is {json.dumps(value)}, not a positive number")
     return float(value)
 
