@@ -47,10 +47,8 @@ def joined(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
     @functools.wraps(main)
     def run(argv: list[str]) -> None:
         join()
-        ended = threading.Event()
-        follower = threading.Thread(target=_follow, args=(ended,), daemon=True)
         if jax.process_count() > 1:
-            follower.start()
+            _start_following()
         try:
             main(argv)
         except Exception as error:
@@ -61,10 +59,6 @@ def joined(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
                 atexit.register(_leave, code)
                 _client().key_value_set(_FAILED, json.dumps([jax.process_index(), code, line]), allow_overwrite=True)
             raise
-        finally:
-            ended.set()
-            if follower.is_alive():  # Python aborts if it ends while another thread is inside of C++
-                follower.join()
 
     return run
 
@@ -188,6 +182,14 @@ def _initialize(*place, **options) -> None:
     except RuntimeError as error:
         where = f"{place[0]} as process {place[2]} of {place[1]}" if place else "the other processes"
         raise InputError(f"can't join {where}: {str(error).splitlines()[0]}") from error
+
+
+def _start_following() -> None:
+    ended = threading.Event()
+    follower = threading.Thread(target=_follow, args=(ended,), daemon=True)
+    follower.start()
+    atexit.register(follower.join)  # Python aborts if it ends while another thread is inside of C++
+    atexit.register(ended.set)  # what is registered last comes first
 
 
 def _follow(ended: threading.Event) -> None:

@@ -121,12 +121,15 @@ def test_a_second_sigterm_ends_a_program_at_once_that_is_busy(tmp_path):
             jax.block_until_ready(jax.jit(lambda x: jax.lax.while_loop(lambda x: x < 2, lambda x: 1 - x, x))(0))
     """
     with subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE) as child:
-        assert child.stdout and child.stdout.readline() == b"ready\n"
-        for _ in range(2):
-            time.sleep(1)
-            assert child.poll() is None
-            child.terminate()
-        assert child.wait(20) == 128 + signal.SIGTERM
+        try:
+            assert child.stdout and child.stdout.readline() == b"ready\n"
+            for _ in range(2):
+                time.sleep(1)
+                assert child.poll() is None
+                child.terminate()
+            assert child.wait(20) == 128 + signal.SIGTERM
+        finally:
+            child.kill()
 
 
 # --- saved by the clock, by steps, for good ---
