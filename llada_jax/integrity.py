@@ -35,6 +35,9 @@ def damage(directory: Path, share: int = 0, shares: int = 1) -> str:
         return ""  # from before there were checksums
     except (OSError, ValueError, AttributeError):
         return f"{NAME} cannot be read"
+    for name, _ in files:
+        if not (directory / name).resolve().is_relative_to(directory.resolve()):
+            return f"{NAME} names {name!r}, which is not in the directory"
     with ThreadPoolExecutor(_THREADS) as pool:
         return next(filter(None, pool.map(lambda item: _difference(directory, *item), files)), "")
 

@@ -181,6 +181,7 @@ def flip(place):
         (flip, "the right size and another content"),
         (lambda place: largest_file(place).unlink(), "no such file"),
         (lambda place: (place / integrity.NAME).write_text("{"), "checksums.json cannot be read"),
+        (lambda place: (place / integrity.NAME).write_text('{"../a": [1, ""]}'), "names '../a', which is not in"),
     ],
 )
 def test_a_damaged_checkpoint_is_moved_aside_and_the_one_before_taken(workdir, make_run, capsys, damage, cause):
