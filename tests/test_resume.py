@@ -76,7 +76,7 @@ def largest_file(directory):
 
 
 def strike(workdir, processes, moments):
-    draw = random.Random(0)
+    draw = random.Random(1)  # of two processes the first, whose end the other notices at once
     for moment in moments:
         struck = kill_test.kill(kill_test.Run(workdir, processes, MANY), moment, draw)
         assert struck is not None, f"ended before {moment}"
