@@ -76,7 +76,7 @@ def largest_file(directory):
 
 
 def strike(workdir, processes, moments):
-    draw = random.Random(0)
+    draw = random.Random(1)  # of two processes the first, whose end the other notices at once
     for moment in moments:
         struck = kill_test.kill(kill_test.Run(workdir, processes, MANY), moment, draw)
         assert struck is not None, f"ended before {moment}"
@@ -89,7 +89,7 @@ def stop(workdir, processes):
     lines = run.lines()
     while run.moment() != "computing" or run.lines() <= lines:
         assert run.is_running(), run.output()
-        time.sleep(0.001)
+        time.sleep(0.01)
     run.children[-1].send_signal(signal.SIGTERM)
     assert run.wait() == [cli.TRY_AGAIN] * processes, run.output()
     (event,) = (event for event in events(workdir) if event["event"] == "preemption")
@@ -98,7 +98,7 @@ def stop(workdir, processes):
     return event["step"]
 
 
-@pytest.mark.parametrize("processes, moments", [(1, ["first save", "saving", "restoring"]), (2, ["saving"])])
+@pytest.mark.parametrize("processes, moments", [(1, ["saving", "restoring"]), (2, ["saving"])])
 def test_killed_and_stopped_runs_end_in_the_same_bits_and_the_same_metrics(tmp_path, processes, moments):
     strike(tmp_path / "killed", processes, moments)
     last = stop(tmp_path / "killed", processes) + 5

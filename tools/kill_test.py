@@ -121,7 +121,7 @@ def kill(run: Run, moment: str, draw: random.Random) -> Kill | None:
     while not reached.get(moment, lambda: run.moment() == moment)() and run.lines() < lines + 50:
         if not run.is_running():
             return None
-        time.sleep(0.001)
+        time.sleep(0.01)
     time.sleep(draw.uniform(0, pause))
     victim = draw.randrange(len(run.children))
     found, began = run.moment(), time.monotonic()
