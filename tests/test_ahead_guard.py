@@ -9,14 +9,11 @@ new one, record again and look at the difference:
 import importlib.metadata
 import json
 import os
-import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))  # for recording
-
 from llada_jax.ahead.chips import parse_topology
 from llada_jax.ahead.compile import compile_step
 from llada_jax.ahead.estimate import report
