@@ -13,13 +13,12 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
 from llada_jax.ahead.chips import parse_topology
 from llada_jax.ahead.compile import compile_step
 from llada_jax.ahead.estimate import report
 from llada_jax.config import run_config
 
-RECORDED = ROOT / "tests" / "golden" / "compile_ahead.json"
+RECORDED = Path(__file__).parent / "golden" / "compile_ahead.json"
 SLICES = ("v5e:4x4", "v5p:2x2x4", "v6e:4x4")
 TOLERANCE = 0.03  # of bytes and cycles; counts are exact
 OF_ANOTHER_COMPILER = 0.3  # than the recorded one: gross regressions only, and counts are not compared
