@@ -4,8 +4,9 @@ python launch/babysit.py --name=NAME --type=v5litepod-16 --spot --bucket=BUCKET 
     [--zone=ZONE] --config=configs/llada_8b_pretrain.py --workdir=bucket/run [any flag of llada_jax.train]
 
 The same command continues what an earlier one left, also the TPU that it created. It ends with 0 when the run has
-ended well, 2 when the run ended with a mistake of the user's (its line is printed), 1 when it gave up. Only Python's
-standard library is needed, and gcloud.
+ended well, 2 when the run ended with a mistake of the user's (its line is printed), 1 when it gave up. A run that was
+told to stop and has saved (code 75) starts again and counts as no retry. Only Python's standard library is needed, and
+gcloud.
 """
 
 import argparse
@@ -94,7 +95,9 @@ def babysit(options, train_flags: list[str]) -> int:
                     return 0
                 if run == "EXITED 2":
                     raise Stop(2, "a mistake in the flags, the config or a file; tpu_vm.sh logs shows the line")
-                if run.startswith("EXITED"):
+                if run == "EXITED 75":
+                    say("the run was told to stop, and has saved; it starts again")
+                elif run.startswith("EXITED"):
                     retries.use(f"the run ended with code {run.split()[-1]}")
                 if run.startswith("EXITED") or run == "NOTHING":
                     start()

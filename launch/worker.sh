@@ -10,10 +10,10 @@ is_running() { [ -f run.pid ] && kill -0 "$(cat run.pid)" 2>/dev/null; }
 stop() { # the run and what it started
   if is_running; then
     kill -TERM -- "-$(cat run.pid)"
-    for _ in $(seq 60); do is_running || break; sleep 0.5; done
+    for _ in $(seq 600); do is_running || break; sleep 0.5; done # it saves before it ends
     if is_running; then kill -KILL -- "-$(cat run.pid)"; fi
   fi
-  rm -f run.pid
+  rm -f run.pid run.exit
 }
 
 setup() {
@@ -45,7 +45,8 @@ run() {
   stop
   rm -f run.exit
   # A session of its own, so that it outlives the connection and can be stopped as a whole.
-  setsid bash -c 'echo $$ >run.pid; "$@"; echo $? >run.exit; rm -f run.pid' _ "$PYTHON" -m "$@" --distributed \
+  # SIGTERM goes to the whole session; its first process waits for the run, which saves.
+  setsid bash -c 'trap : TERM; echo $$ >run.pid; "$@"; echo $? >run.exit; rm -f run.pid' _ "$PYTHON" -m "$@" --distributed \
     >>run.log 2>&1 </dev/null &
   echo "$(hostname): started python -m $*"
 }

@@ -10,6 +10,18 @@ from ml_collections import config_flags
 
 from llada_jax.config import InputError
 
+TRY_AGAIN = 75  # the exit code of a run that was told to stop, and has saved; launch/babysit.py starts it again
+
+
+class Preempted(Exception):
+    """The run has saved its step and stopped because SIGTERM asked for it."""
+
+    shared = True  # every process raises it
+
+    def __init__(self, step: int):
+        super().__init__(f"stopped by SIGTERM; step {step} is saved, the same command continues from there")
+        self.step = step
+
 
 def run(main: Callable[[list[str]], None], *, commands: Sequence[str] = ()) -> None:
     """`app.run(main)`; a wrong flag, an InputError or a full disk prints one line and exits with code 2.
@@ -28,6 +40,9 @@ def run(main: Callable[[list[str]], None], *, commands: Sequence[str] = ()) -> N
             main(argv)
         except InputError as error:
             fail(str(error))
+        except Preempted as preempted:
+            print(preempted, file=sys.stderr)
+            sys.exit(TRY_AGAIN)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
                 raise

@@ -68,6 +68,9 @@ class ModelConfig:
 
         for name in ("d_model", "n_layers", "n_heads", "n_kv_heads", "mlp_hidden_size", "vocab_size"):
             require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, must be positive")
+        for name, value in dataclasses.asdict(self).items():
+            most = 1e300 if type(getattr(ModelConfig, name)) is float else 2**31 - 1
+            require(not isinstance(value, int) or value <= most, f"{name} is {str(value)[:30]}, far too large")
         require(self.d_model % self.n_heads == 0, f"d_model {self.d_model} is not a multiple of n_heads {self.n_heads}")
         require(self.head_dim % 2 == 0, f"head size {self.head_dim} is odd; rotary embeddings need it even")
         require(
@@ -140,6 +143,7 @@ def run_config(preset: str = "llada_8b") -> RunConfig:
             mixture=(),  # further sources: pairs (prepared directory, weight); data.files or data.path weighs 1
             random_length_fraction=0.01,  # rows cut to a length ~ U{1..row_length}; paper section 2.2
             split_fraction=0.0,  # rows cut in two that do not see each other; iLLaDA: 0.3
+            on_damage="stop",  # at a row that cannot be read; or "skip": another takes its place, is counted and logged
             threads=4,
         )
     )
@@ -176,9 +180,20 @@ def run_config(preset: str = "llada_8b") -> RunConfig:
             eval_rows=256,
             sample_every=0,  # 0: never
             sample_prompt="",
+            spike_sigma=0.0,  # skip an update so far above the last 128 in loss or gradient norm. 0: only if not finite
+            rollback_after=20,  # updates skipped in a row; then back to a checkpoint and on with other data. 0: never
+            rollback_rate=1.0,  # by which a rollback multiplies the learning rate
+            stall_seconds=600.0,  # in one phase of a step, after which the stacks of all threads are printed; 0: never
         )
     )
-    config.checkpoint = ConfigDict(dict(every_steps=1000, keep=3))  # checkpoint.py
+    config.checkpoint = ConfigDict(  # checkpoint.py
+        dict(
+            every_steps=1000,
+            every_minutes=0.0,  # and whenever so many have passed since the last save; 0: by steps only; train.py
+            keep=3,  # the newest ones
+            keep_every_steps=0,  # and for good those of every so many steps; 0: none
+        )
+    )
     return config
 
 

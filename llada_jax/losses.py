@@ -29,6 +29,7 @@ class Batch:
     segment_ids: jax.Array  # int32 [B, L]; documents of a row, 0 is padding
     maskable: jax.Array  # bool [B, L]; may be masked and scored
     answer_length: jax.Array  # int32 [B]; normaliser of fine-tuning: EOS padding of the answer counts
+    replaced: jax.Array | None = None  # bool [B]; stands in for a damaged row (config.data.on_damage "skip"); to count
 
 
 @jax.tree_util.register_dataclass

@@ -1,16 +1,18 @@
 """What a run reports: the ELBO (smooth and raw), throughput, MFU; to TensorBoard, metrics.jsonl and the terminal."""
 
-import json
 import math
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
 from llada_jax.config import ModelConfig
+from llada_jax.goodput import Goodput
+from llada_jax.logs import Board, Lines
 from llada_jax.losses import BUCKETS
 
 # Peak dense bf16 FLOP/s of one JAX device, by the start of its device_kind.
@@ -41,9 +43,14 @@ def flops_per_step(c: ModelConfig, rows: int, length: int, scored: float) -> flo
 class SmoothElbo:
     """Cross-entropy by mask ratio with exponentially fading sums, and its mean over the ratio: the ELBO, smooth."""
 
-    def __init__(self, fade: float = 0.99):
+    def __init__(self, fade: float = 0.99, sums=((0.0,) * BUCKETS,) * 2):
         self._fade = fade
-        self._sum, self._count = np.zeros(BUCKETS), np.zeros(BUCKETS)
+        self._sum, self._count = map(np.asarray, sums)
+
+    @property
+    def sums(self) -> list[list[float]]:
+        """What a new one continues from."""
+        return [self._sum.tolist(), self._count.tolist()]
 
     def add(self, ce_sum: np.ndarray, ce_count: np.ndarray) -> None:
         self._sum = self._fade * self._sum + ce_sum
@@ -64,21 +71,18 @@ class Reporter:
 
     def __init__(
         self, workdir: str | Path, c: ModelConfig, *, rows: int, length: int, tokens_per_byte: float, schedule,
-        total_steps: int, first_step: int, log_every: int, title: str,
+        total_steps: int, first_step: int, log_every: int, title: str, notes: dict[str, Any], goodput: Goodput,
     ):  # fmt: skip
         self._c, self._rows, self._length, self._tokens_per_byte = c, rows, length, tokens_per_byte
         self._schedule, self._total, self._log_every, self._title = schedule, total_steps, log_every, title
-        self._smooth = SmoothElbo()
+        self._smooth = SmoothElbo(sums=notes["smooth_elbo"]) if notes else SmoothElbo()
+        self._goodput, self._replaced_rows = goodput, 0.0
         self._writes = jax.process_index() == 0
         self.restart_clock()
         if self._writes:
-            from tensorboardX import (
-                SummaryWriter,  # here, because it imports PyTorch where that is installed: 3 seconds
-            )
-
-            self._board = SummaryWriter(str(workdir))
+            self._board = Board(Path(workdir), first_step)
             self._board.add_text("about_the_curves", _ABOUT, first_step)
-            self._lines = (Path(workdir) / "metrics.jsonl").open("a")
+            self._lines = Lines(Path(workdir) / "metrics.jsonl", first_step)
             terminal = sys.stderr.isatty()
             self._bar = tqdm(total=total_steps, initial=first_step, desc=title, unit="step", disable=not terminal)
             self._plain, self._last_line = not terminal, time.perf_counter()
@@ -86,10 +90,12 @@ class Reporter:
     def step(self, step: int, metrics: dict, data_seconds: float) -> None:
         """Takes one step's metrics (device arrays of a finished step) and writes at every log_every-th."""
         m = {name: np.asarray(value, np.float64) for name, value in jax.device_get(metrics).items()}
-        self._smooth.add(m["ce_sum"], m["ce_count"])
+        if np.isfinite(m["ce_sum"]).all():
+            self._smooth.add(m["ce_sum"], m["ce_count"])
         self._tokens += float(m["tokens"])
         self._flops += flops_per_step(self._c, self._rows, self._length, float(m["ce_count"].sum()))
         self._data_seconds += data_seconds
+        self._replaced_rows += float(m.get("replaced_rows", 0.0))
         if self._writes:
             self._bar.update(1)
         if step % self._log_every and step != self._total:
@@ -101,10 +107,19 @@ class Reporter:
             if np.isfinite(nats) and not self._c.causal:
                 scalars[f"2_ce_by_mask_ratio/{i / BUCKETS:.1f}-{(i + 1) / BUCKETS:.1f}"] = float(nats)
         scalars["3_optimizer/grad_norm"] = float(m["grad_norm"])
-        scalars["3_optimizer/learning_rate"] = float(self._schedule(step - 1))
+        made = step - 1 - int(m["skipped"])  # updates before this one
+        scalars["3_optimizer/learning_rate"] = float(self._schedule(made) * m["rate"])
+        scalars["3_optimizer/skipped_updates"] = float(m["skipped"])
         scalars["4_speed/tokens_per_second"] = self._tokens / seconds
         scalars["4_speed/data_wait_share"] = self._data_seconds / seconds
         scalars["4_speed/seconds_per_step"] = seconds / self._log_every
+        if "replaced_rows" in m:
+            scalars["5_data/replaced_rows"], self._replaced_rows = self._replaced_rows, 0.0  # since the last line
+        scalars |= self._goodput.scalars()
+        if "host_seconds" in m:  # of each device, those of its host
+            slowest, mean = float(m["host_seconds"].max()), float(m["host_seconds"].mean())
+            scalars["4_speed/slowest_host_over_mean"] = slowest / mean
+            scalars["4_speed/slowest_host_seconds_per_step"] = slowest / self._log_every
         peak = peak_flops()
         if peak:
             scalars["4_speed/mfu"] = self._flops / seconds / (peak * jax.device_count())
@@ -118,8 +133,17 @@ class Reporter:
             return
         for name, value in scalars.items():
             self._board.add_scalar(name, value, step)
-        self._lines.write(json.dumps({"step": step, **{k: _number(v) for k, v in scalars.items()}}) + "\n")
-        self._lines.flush()
+        self._lines.write({"step": step, **{k: _number(v) for k, v in scalars.items()}})
+
+    def notes(self) -> dict:
+        """What a checkpoint keeps, so that the numbers of a run that continues from it are the same."""
+        return {"smooth_elbo": self._smooth.sums}
+
+    def flush(self) -> None:
+        """Returns when all that was reported is on the disk. Raises OSError if it is full."""
+        if self._writes:
+            self._board.flush()
+            self._lines.flush()
 
     def evaluation(self, step: int, metrics: dict) -> dict[str, float]:
         """Writes the validation ELBO from summed metrics; returns the scalars."""
@@ -144,6 +168,7 @@ class Reporter:
         self._tokens, self._flops, self._data_seconds, self._since = 0.0, 0.0, 0.0, time.perf_counter()
 
     def close(self) -> None:
+        self.say(f"{self._title}: {self._goodput.line()}")
         if self._writes:
             self._bar.close()
             self._board.close()

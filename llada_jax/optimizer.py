@@ -69,23 +69,61 @@ def _until(phase, total_steps: int, tokens_per_step: int) -> int:
     return round(float(number)) if steps else round(float(number) * _UNITS[unit] / tokens_per_step)
 
 
-def make_optimizer(config, *, total_steps: int, tokens_per_step: int) -> optax.GradientTransformation:
+def make_optimizer(config, *, total_steps: int, tokens_per_step: int) -> optax.GradientTransformationExtraArgs:
     """Clipping by global norm, then AdamW, from `config.optimizer`.
 
-    decay "matrices" spares norm weights, as is usual; "all" is what the official PyTorch loop would do.
+    Its `update` takes ok=, bool []: if false, its state stays as it is, and the updates are not to be used. decay
+    "matrices" spares norm weights, as is usual; "all" is what the official PyTorch loop would do.
     """
     if config.decay not in ("matrices", "all"):
         raise InputError(f"config.optimizer.decay {config.decay!r} is not one of matrices, all")
-    adamw = optax.adamw(
-        make_schedule(config.schedule, total_steps=total_steps, tokens_per_step=tokens_per_step),
-        b1=config.b1,
-        b2=config.b2,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        mask=is_matrix if config.decay == "matrices" else None,
-        mu_dtype=config.mu_dtype,
+    schedule = make_schedule(config.schedule, total_steps=total_steps, tokens_per_step=tokens_per_step)
+    adamw = optax.chain(
+        _adam(config.b1, config.b2, config.eps, config.mu_dtype),
+        optax.add_decayed_weights(config.weight_decay, is_matrix if config.decay == "matrices" else None),
+        _scale(schedule),
     )
     return optax.chain(_clip(config.clip_norm) if config.clip_norm else optax.identity(), adamw)
+
+
+def keep(ok, new, old):
+    """`new`, or `old` to the bit where not `ok`, bool []: trees of arrays of the same shapes and types."""
+    return jax.tree.map(lambda x, y: jax.lax.select(jnp.asarray(ok), x, y), new, old)
+
+
+def _adam(b1: float, b2: float, eps: float, mu_dtype: str) -> optax.GradientTransformationExtraArgs:
+    """optax.scale_by_adam, but where not `ok` all stays as it is.
+
+    The moments are selected before anything is computed from them: if that were done to the result, XLA would compute
+    the update from the old moments and the gradients once more, and keep a copy of the old ones for that.
+    """
+    adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps, mu_dtype=mu_dtype)
+
+    def update(updates, state, params=None, *, ok=True, **_):
+        del params
+        old = jax.tree.map(lambda m, g: m.astype(g.dtype), state.mu, updates)
+        mu = keep(ok, optax.tree.update_moment(updates, state.mu, b1, 1), old)
+        nu = keep(ok, optax.tree.update_moment_per_elem_norm(updates, state.nu, b2, 2), state.nu)
+        count = state.count + ok
+        updates = jax.tree.map(
+            lambda m, v: m / (jnp.sqrt(v) + eps),
+            optax.tree.bias_correction(mu, b1, count),
+            optax.tree.bias_correction(nu, b2, count),
+        )
+        return updates, optax.ScaleByAdamState(count, optax.tree.cast(mu, mu_dtype), nu)
+
+    return optax.GradientTransformationExtraArgs(adam.init, update)
+
+
+def _scale(schedule: optax.Schedule) -> optax.GradientTransformationExtraArgs:
+    """optax.scale_by_learning_rate, counting only what is `ok`."""
+    scale = optax.scale_by_learning_rate(schedule)
+
+    def update(updates, state, params=None, *, ok=True, **_):
+        updates, after = scale.update(updates, state, params)
+        return updates, keep(ok, after, state)
+
+    return optax.GradientTransformationExtraArgs(scale.init, update)
 
 
 def _clip(limit: float) -> optax.GradientTransformation:

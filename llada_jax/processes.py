@@ -28,6 +28,7 @@ from llada_jax.config import InputError
 
 _LONGEST_WAIT = 7 * 24 * 3600 * 1000  # milliseconds that the others wait while one prepares data
 _SHUTDOWN_SECONDS = 60  # after which a process that ends too early takes the others along
+_HEARTBEAT_SECONDS = 30  # of silence, after which a process counts as dead and the others end, too (JAX: 100)
 _MESSAGE_BYTES = 2048
 _FAILED = "llada_jax/failed"  # under which the first process to fail on its own says so
 
@@ -47,16 +48,16 @@ def joined(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
     def run(argv: list[str]) -> None:
         join()
         if jax.process_count() > 1:
-            threading.Thread(target=_follow, daemon=True).start()
+            _start_following()
         try:
             main(argv)
         except Exception as error:
             if jax.process_count() > 1 and not getattr(error, "shared", False):
                 code = 2 if isinstance(error, (InputError, OSError)) else 1
                 line = " ".join(f"process {jax.process_index()} stopped: {error or type(error).__name__}".split())
-                _client().key_value_set(_FAILED, json.dumps([jax.process_index(), code, line]), allow_overwrite=True)
                 # Before JAX's own handler, which would wait at a barrier for processes that wait for this one.
                 atexit.register(_leave, code)
+                _client().key_value_set(_FAILED, json.dumps([jax.process_index(), code, line]), allow_overwrite=True)
             raise
 
     return run
@@ -114,11 +115,21 @@ def together() -> Iterator[None]:
     _exchange()
 
 
-def once(work: Callable[[], object]) -> None:
-    """Runs `work` on the first process while the others wait; if it fails, every process does."""
+def once(work: Callable[[], object]) -> Any:
+    """What `work` returns, short and in JSON's types: run on the first process while the others wait.
+
+    If it fails, every process does.
+    """
+    result = None
     with together():
         if is_first():
-            work()
+            result = work()
+    return json.loads(gathered(json.dumps(result))[0])
+
+
+def gathered(value: str) -> list[str]:
+    """The value of every process, on every process."""
+    return [value] if jax.process_count() == 1 else _exchange(value)
 
 
 def agree(what: str, value: object) -> None:
@@ -155,8 +166,14 @@ def _shared(error: InputError) -> InputError:
 
 
 def _initialize(*place, **options) -> None:
+    jax.config.update("jax_enable_preemption_service", False)  # it takes SIGTERM for itself; ours is in requests.py
     try:
-        jax.distributed.initialize(*place, shutdown_timeout_seconds=_SHUTDOWN_SECONDS, **options)
+        jax.distributed.initialize(
+            *place,
+            heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
+            shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
+            **options,
+        )
     except ValueError as error:  # nothing was detected
         raise InputError(
             f"--distributed: the environment names no cluster ({error}); give --coordinator=HOST:PORT, "
@@ -167,12 +184,20 @@ def _initialize(*place, **options) -> None:
         raise InputError(f"can't join {where}: {str(error).splitlines()[0]}") from error
 
 
-def _follow() -> None:
-    """Ends this process when another has failed on its own: in a collective it would wait for it until JAX, after 100
-    seconds without a sign of life, aborts it."""
-    while True:
+def _start_following() -> None:
+    ended = threading.Event()
+    follower = threading.Thread(target=_follow, args=(ended,), daemon=True)
+    follower.start()
+    atexit.register(follower.join)  # Python aborts if it ends while another thread is inside of C++
+    atexit.register(ended.set)  # what is registered last comes first
+
+
+def _follow(ended: threading.Event) -> None:
+    """Ends this process when another has failed on its own: in a collective it would wait for it until JAX, after
+    _HEARTBEAT_SECONDS without a sign of life, aborts it."""
+    while not ended.is_set():
         try:
-            process, code, line = json.loads(_client().blocking_key_value_get(_FAILED, _LONGEST_WAIT))
+            process, code, line = json.loads(_client().blocking_key_value_get(_FAILED, 1000))
         except jax.errors.JaxRuntimeError as error:
             if "DEADLINE_EXCEEDED" in str(error):
                 continue

@@ -153,3 +153,16 @@ def place_rows(x_host: np.ndarray, mesh: Mesh, batch_size: int | None = None) ->
 def rows_sharding(mesh: Mesh, ndim: int) -> NamedSharding:
     """How an array [B, ...] of a batch lies on the mesh."""
     return NamedSharding(mesh, P(*TOKENS[:ndim]))
+
+
+def of_hosts(value: float, mesh: Mesh) -> jax.Array:
+    """float32 [devices] on every device: the `value` that the host of each gave. Waits for nothing."""
+    sharding = NamedSharding(mesh, P(AXES))
+    devices = list(sharding.addressable_devices)
+    placed = jax.device_put([np.full(1, value, np.float32)] * len(devices), devices)
+    return _on_every_device(jax.make_array_from_single_device_arrays((mesh.size,), sharding, placed))
+
+
+@jax.jit
+def _on_every_device(x: jax.Array) -> jax.Array:
+    return jax.sharding.reshard(x, P(None))

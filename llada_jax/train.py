@@ -6,8 +6,11 @@ python -m llada_jax.train --config=configs/pretrain_tiny.py --workdir=DIR [--con
 import collections
 import contextlib
 import dataclasses
+import functools
 import itertools
+import math
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,22 +21,56 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-from llada_jax import checkpoint, cli, compiler_options, losses, optimizer, processes, sharding, train_step
+from llada_jax import (
+    checkpoint,
+    cli,
+    compiler_options,
+    goodput,
+    losses,
+    optimizer,
+    processes,
+    requests,
+    sharding,
+    stability,
+    train_step,
+    watchdog,
+)
 from llada_jax.attention import kernel_for
 from llada_jax.config import InputError, ModelConfig, RunConfig, model_config
-from llada_jax.data import pipeline, prepare, sources
+from llada_jax.data import manifest, pipeline, prepare, sources
 from llada_jax.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from llada_jax.events import Events
 from llada_jax.interop import hf
+from llada_jax.loop import Loop
 from llada_jax.metrics import Reporter
 from llada_jax.model import parameter_count
 from llada_jax.sampling import chat
 
 
-def train(config: RunConfig, workdir: str | Path, *, title: str = "train") -> dict[str, float]:
+def train(
+    config: RunConfig, workdir: str | Path, *, title: str = "train", allow_config_change: bool = False
+) -> dict[str, float]:
     """Runs what `config` says in `workdir`, from its newest checkpoint if it has one; returns the last scalars.
 
-    Raises InputError for whatever a user can get wrong, before anything is written where that is possible.
+    A run that continues may have another learning rate with `allow_config_change`. Raises InputError for whatever a
+    user can get wrong, before anything is written where that is possible, and where the numbers go wrong again after
+    each rollback; cli.Preempted after a SIGTERM.
     """
+    while True:
+        try:
+            return _train(config, workdir, title, allow_config_change)
+        except stability.Diverged as error:
+            failure = error.with_traceback(None)  # which would keep the state in memory
+        processes.once(functools.partial(_roll_back, Path(workdir), config.train, failure))
+
+
+def _roll_back(workdir: Path, fields, failure: stability.Diverged) -> None:
+    place = checkpoint.discard_after(workdir, failure.step - fields.rollback_after)
+    print(stability.record_rollback(workdir, failure, place, fields), file=sys.stderr)
+
+
+def _train(config: RunConfig, workdir: str | Path, title: str, allow_config_change: bool) -> dict[str, float]:
+    begun = time.time()
     if "://" in str(workdir):
         raise InputError(f"--workdir={workdir}: mount the bucket, with gcsfuse say, and give the mounted directory")
     workdir = Path(workdir)
@@ -49,19 +86,23 @@ def train(config: RunConfig, workdir: str | Path, *, title: str = "train") -> di
         tokenizer, rows, validation = open_data(config, workdir)
         model = fit_to_tokenizer(config, tokenizer)
         sharding.require_divides(model, mesh, config.data.row_length)
-        processes.once(lambda: _claim(workdir, config, tokenizer))
+        datasets = [source.path for source in (*rows.sources, *filter(None, [validation]))]
+        processes.once(lambda: _claim(workdir, config, tokenizer, datasets, allow_config_change))
         _require_shared(workdir / "config.json")
 
+    clock, events = goodput.Goodput(workdir, begun), Events(workdir)
     with jax.set_mesh(mesh):
         saver = checkpoint.Checkpointer(workdir, config)
-        state = _start(config, model, optax_optimizer, saver, mesh, options)
+        state, notes = _start(config, model, optax_optimizer, saver, mesh, options, clock)
         first = int(state.step)
+        state.guard = stability.resumed(state.guard, processes.once(lambda: stability.rollback_to(workdir, first)))
         schedule = optimizer.make_schedule(config.optimizer.schedule, **_phases(config))
         with processes.together():
             reporter = Reporter(
                 workdir, model, rows=rows_per_step, length=config.data.row_length,
                 tokens_per_byte=_tokens_per_byte(rows), schedule=schedule,
                 total_steps=total, first_step=first, log_every=config.train.log_every, title=title,
+                notes=notes, goodput=clock,
             )  # fmt: skip
         reporter.say(_opening(model, mesh, workdir, first, total, title))
         for line in refused:
@@ -69,14 +110,19 @@ def train(config: RunConfig, workdir: str | Path, *, title: str = "train") -> di
         objective = losses.objective_named(config.objective.name)
         eval_fn = train_step.make_eval_step(objective, config.objective, compiler_options=options)
         key = jax.random.fold_in(jax.random.key(config.train.seed), 1)
-        evaluate = lambda model: _evaluate(eval_fn, model, config, validation, tokenizer, mesh)
-        batches = _batches(config, rows, tokenizer, first, mesh)
-        try:
-            evaluate = evaluate if validation else None
-            return _loop(config, state, step_fn, key, batches, evaluate, tokenizer, saver, reporter, first)
-        finally:
-            saver.close()
-            reporter.close()
+        batches = _batches(config, rows, tokenizer, first, mesh, int(state.guard.offset))
+        watch = watchdog.Watchdog(clock, events, config.train.stall_seconds)
+        asked = requests.Requests(mesh, config.checkpoint.every_minutes)
+        prompt = config.train.sample_prompt
+        loop = Loop(
+            config, saver, reporter, asked, clock, events,
+            evaluate=functools.partial(
+                _evaluate, eval_fn, config=config, validation=validation, tokenizer=tokenizer, mesh=mesh
+            ) if validation else None,
+            sample=(lambda model: chat.complete(model, tokenizer, prompt)) if prompt else None,
+        )  # fmt: skip
+        with contextlib.closing(reporter), contextlib.closing(watch), contextlib.closing(saver), asked:
+            return loop.run(state, step_fn, key, batches, first)
 
 
 def training_step(config: RunConfig, mesh):
@@ -88,8 +134,9 @@ def training_step(config: RunConfig, mesh):
     optax_optimizer = optimizer.make_optimizer(config.optimizer, **_phases(config))
     options, refused = compiler_options.of_mesh(mesh)
     step_fn = train_step.make_train_step(
-        optax_optimizer, objective, config.objective, microbatches=config.train.microbatches, compiler_options=options
-    )
+        optax_optimizer, objective, config.objective, microbatches=config.train.microbatches,
+        spike_sigma=config.train.spike_sigma, rollback_after=config.train.rollback_after, compiler_options=options,
+    )  # fmt: skip
     return optax_optimizer, step_fn, options, refused
 
 
@@ -97,45 +144,24 @@ def _phases(config: RunConfig) -> dict[str, int]:
     return dict(total_steps=config.train.steps, tokens_per_step=config.train.batch_size * config.data.row_length)
 
 
-def _start(config: RunConfig, model: ModelConfig, optax_optimizer, saver, mesh, options) -> train_step.TrainState:
-    """The state of the newest checkpoint; else a fresh one, with the weights of `init_from` if that is set."""
+def _start(config: RunConfig, model: ModelConfig, optax_optimizer, saver, mesh, options, clock):
+    """State and notes of the newest checkpoint; else a fresh state, with the weights of `init_from` if that is set."""
     init = jax.jit(train_step.init_state, static_argnums=(0, 1), compiler_options=options)
     state = init(model, optax_optimizer, jax.random.key(config.train.seed))
-    if saver.latest is not None:
-        return saver.restore(state)
+    clock.enter("restore")
+    newest = saver.newest()
+    if newest is not None:
+        return saver.restore(newest, state)
+    clock.enter("start")
     if config.train.init_from:
         weights = jax.tree.leaves(hf.load(config.train.init_from, "float32", mesh))
         state.model = jax.tree.unflatten(jax.tree.structure(state.model), weights)
-    return state
+    return state, {}
 
 
-def _loop(config, state, step_fn, key, batches, evaluate, tokenizer, saver, reporter, first) -> dict[str, float]:
-    """Steps until the batches end; returns the scalars of the last validation.
-
-    Metrics are fetched one step late, so that the device never waits for the host.
-    """
-    total, last, pending = config.train.steps, {}, None
-    for step, batch, waited in _timed(batches, first):
-        state, metrics = step_fn(state, batch, key)
-        if pending is not None:
-            reporter.step(*pending)
-        pending = (step, metrics, waited)
-        saver.save(step, state, force=step == total)
-        if evaluate is not None and _due(step, config.train.eval_every, total):
-            reporter.step(*pending)
-            pending = None
-            last = reporter.evaluation(step, evaluate(state.model))
-            reporter.restart_clock()
-        if config.train.sample_prompt and _due(step, config.train.sample_every, total):
-            reporter.text(step, "sample", chat.complete(state.model, tokenizer, config.train.sample_prompt))
-            reporter.restart_clock()
-    if pending is not None:
-        reporter.step(*pending)
-    return last
-
-
-def _claim(workdir: Path, config: RunConfig, tokenizer: Tokenizer) -> None:
-    checkpoint.claim_workdir(workdir, config)
+def _claim(workdir: Path, config: RunConfig, tokenizer: Tokenizer, datasets: list[Path], allow_change: bool) -> None:
+    checkpoint.claim_workdir(workdir, config, allow_change=allow_change)
+    manifest.require_unchanged(workdir, datasets)
     tokenizer.save(workdir / "tokenizer")
     if config.train.init_from:
         hf.copy_companions(config.train.init_from, workdir / "tokenizer")
@@ -198,12 +224,26 @@ def open_data(config: RunConfig, workdir: Path):
             )
     if config.train.init_from:
         _same_tokenizer(tokenizer, config.train.init_from, opened[0].path)
-    order = pipeline.ordered(opened, [weight for _, weight in weighted], seed=config.train.seed)
+    weights = [weight for _, weight in weighted]
+    order = pipeline.ordered(opened, weights, config.train.seed, _on_damage(config, workdir))
     held_out = path / "validation"
     validation = pipeline.open_dataset(held_out) if (held_out / "manifest.json").exists() else None
     if len(opened[0]) == 0:
         raise InputError(f"{path}: holds no rows; give more text")
     return tokenizer, order, validation
+
+
+def _on_damage(config: RunConfig, workdir: Path):
+    """What the pipeline calls for a damaged row; None: it stops the run."""
+    if config.data.on_damage == "stop":
+        return None
+
+    def report(position: int, cause: str, action: str) -> None:
+        print(f"{cause}; {action}", file=sys.stderr)
+        step = position // config.train.batch_size + 1
+        Events(workdir).write("damaged row", step=step, cause=cause, action=action)
+
+    return report
 
 
 def _prepare(config: RunConfig, workdir: Path, path: Path) -> None:
@@ -279,6 +319,14 @@ def check(config: RunConfig, devices: int) -> None:
     for name in ("steps", "batch_size", "microbatches", "log_every"):
         if t[name] < 1:
             raise InputError(f"config.train.{name} is {t[name]}, must be at least 1")
+    for name in ("every_steps", "keep"):
+        if config.checkpoint[name] < 1:
+            raise InputError(f"config.checkpoint.{name} is {config.checkpoint[name]}, must be at least 1")
+    for name in ("spike_sigma", "rollback_after", "stall_seconds"):
+        if not 0 <= t[name] < math.inf:
+            raise InputError(f"config.train.{name} is {t[name]}, must be 0 or more")
+    if not 0 < t.rollback_rate <= 1:
+        raise InputError(f"config.train.rollback_rate is {t.rollback_rate}, must be above 0 and at most 1")
     shards = devices if -1 in dict(config.mesh).values() else config.mesh.data * config.mesh.fsdp
     if -1 in dict(config.mesh).values():
         shards //= max(config.mesh.tensor, 1) * max(config.mesh.context, 1)
@@ -292,18 +340,23 @@ def check(config: RunConfig, devices: int) -> None:
             "config.objective.attention 'full' sees padding, which random lengths, chat rows and packing 'document' "
             "make; use 'padding'"
         )
+    if d.on_damage not in pipeline.ON_DAMAGE:
+        raise InputError(f"config.data.on_damage is {d.on_damage!r}, must be one of {', '.join(pipeline.ON_DAMAGE)}")
     if d.split_fraction and o.attention != "documents":
         raise InputError("config.data.split_fraction needs config.objective.attention 'documents'")
     if d.tokenizer and d.path:
         raise InputError("config.data.tokenizer and config.data.path: a prepared directory brings its own tokenizer")
 
 
-def _batches(config, order, tokenizer, first, mesh) -> Iterator[losses.Batch]:
-    """The batches from step `first` on, placed on the devices two steps before they are asked for."""
+def _batches(config, order, tokenizer, first, mesh, offset=0) -> Iterator[losses.Batch]:
+    """The batches from step `first` on, placed on the devices two steps before they are asked for.
+
+    offset: how many batches rollbacks have left out.
+    """
     text, size = config.data.kind == "text", config.train.batch_size
     rows = pipeline.batches(
-        order, batch_size=size, kind=config.data.kind, start_step=first,
-        num_steps=config.train.steps, seed=config.train.seed, eos_id=tokenizer.eos_id,
+        order, batch_size=size, kind=config.data.kind, start_step=first + offset,
+        num_steps=config.train.steps + offset, seed=config.train.seed, eos_id=tokenizer.eos_id,
         only=sharding.rows_of_process(mesh, size), threads=config.data.threads,
         random_length_fraction=config.data.random_length_fraction if text else 0.0,
         split_fraction=config.data.split_fraction if text else 0.0,
@@ -319,19 +372,11 @@ def _placed(batch: dict[str, np.ndarray], mesh, batch_size: int) -> losses.Batch
     return losses.Batch(**{name: sharding.place_rows(x, mesh, batch_size) for name, x in batch.items()})
 
 
-def _timed(batches: Iterator[losses.Batch], first: int) -> Iterator[tuple[int, losses.Batch, float]]:
-    """(number of the step, its batch, seconds that the loop waited for it)."""
-    for step in range(first + 1, 10**12):
-        start = time.perf_counter()
-        batch = next(batches, None)
-        if batch is None:
-            return
-        yield step, batch, time.perf_counter() - start
-
-
-def _evaluate(eval_fn, model, config, validation, tokenizer, mesh) -> dict[str, np.ndarray]:
+def _evaluate(eval_fn, model, *, config, validation, tokenizer, mesh) -> dict[str, np.ndarray]:
     """Metrics summed over the first eval_rows validation rows, each under a mask that never changes."""
-    order = pipeline.ordered([validation], seed=0)
+    tell = lambda _, cause, action: print(f"{cause}; {action}", file=sys.stderr)
+    on_damage = tell if config.data.on_damage == "skip" else None
+    order = pipeline.ordered([validation], seed=0, on_damage=on_damage)
     size = config.train.batch_size
     batches = pipeline.batches(
         order, batch_size=size, kind=config.data.kind, start_step=0, seed=0, eos_id=tokenizer.eos_id,
@@ -346,10 +391,6 @@ def _evaluate(eval_fn, model, config, validation, tokenizer, mesh) -> dict[str, 
     return jax.device_get(total)
 
 
-def _due(step: int, every: int, total: int) -> bool:
-    return every > 0 and (step % every == 0 or step == total)
-
-
 def _tokens_per_byte(order: pipeline.Order) -> float:
     manifests = [source.manifest for source in order.sources]
     return sum(m["tokens"] for m in manifests) / max(sum(m["bytes"] for m in manifests), 1)
@@ -359,11 +400,12 @@ def main(_argv: list[str]) -> None:
     config, workdir = flags.FLAGS.config, flags.FLAGS.workdir
     if config is None or not workdir:
         raise InputError("--config=configs/NAME.py and --workdir=DIR are needed")
-    train(config, workdir)
+    train(config, workdir, allow_config_change=flags.FLAGS.allow_config_change)
 
 
 if __name__ == "__main__":  # flags are defined here, so that other programs may import train()
     processes.define_flags()
     config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
     flags.DEFINE_string("workdir", None, "Where checkpoints, logs and the resolved config go.")
+    flags.DEFINE_bool("allow_config_change", False, "Continue a run with another config.optimizer.schedule.")
     cli.run(processes.joined(main))

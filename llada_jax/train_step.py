@@ -12,40 +12,44 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec as P
 
-from llada_jax import losses
+from llada_jax import losses, stability
 from llada_jax.config import ModelConfig
 from llada_jax.model import Transformer
+from llada_jax.optimizer import keep
 from llada_jax.sharding import BATCH, current_mesh
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class TrainState:
-    """All that a run must not lose. The data position is `step`: batch k is a function of (seed, k)."""
+    """All that a run must not lose. The next batch is number step + guard.offset, a function of (seed, number)."""
 
     step: jax.Array  # int32 []
     model: Any  # Transformer, float32 masters (Any: optax's types know no modules)
     opt_state: Any
+    guard: stability.Guard
 
 
 def init_state(config: ModelConfig, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
     """A fresh state. Under jit with a mesh set every array, Adam's moments too, is born sharded."""
     model: Any = Transformer(config, key)
-    return TrainState(jnp.zeros((), jnp.int32), model, optimizer.init(model))
+    return TrainState(jnp.zeros((), jnp.int32), model, optimizer.init(model), stability.fresh_guard())
 
 
 def make_train_step(
-    optimizer: optax.GradientTransformation, objective, objective_config, *, microbatches: int = 1,
-    compiler_options: dict | None = None,
+    optimizer: optax.GradientTransformationExtraArgs, objective, objective_config, *, microbatches: int = 1,
+    spike_sigma: float = 0.0, rollback_after: int = 0, compiler_options: dict | None = None,
 ):  # fmt: skip
     """(state, batch, key) -> (state, metrics), jitted, the state donated.
 
-    `key` is the run's: the step's own is fold_in(key, step). Metrics are sums and scalars; metrics.Reporter reads them.
-    `compiler_options`: those of the chip, see compiler_options.py.
+    `key` is the run's: the step's own is fold_in(key, number of the batch). Metrics are sums and scalars;
+    metrics.Reporter reads them. An update that stability.judge finds harmful is not made: then all but `step` and
+    `guard` keeps its bits. `compiler_options`: those of the chip, see compiler_options.py.
     """
 
     def train_step(state: TrainState, batch: losses.Batch, key: jax.Array):
-        noisy = objective(batch, jax.random.fold_in(key, state.step), state.model.config, objective_config)
+        key = jax.random.fold_in(key, state.step + state.guard.offset)
+        noisy = objective(batch, key, state.model.config, objective_config)
         value_and_grad = jax.value_and_grad(losses.noisy_loss, has_aux=True)
         if microbatches == 1:
             (loss, sums), grads = value_and_grad(state.model, noisy)
@@ -61,10 +65,18 @@ def make_train_step(
                 jax.tree.map(jnp.zeros_like, state.model),
             )
             ((loss, sums), grads), _ = jax.lax.scan(accumulate, zeros, parts)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.model)
-        model = optax.apply_updates(state.model, updates)
-        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), "tokens": jnp.sum(batch.maskable), **sums}
-        return TrainState(state.step + 1, model, opt_state), metrics
+        norm = optax.tree.norm(grads)
+        cause, guard = stability.judge(state.guard, loss, norm, spike_sigma=spike_sigma, rollback_after=rollback_after)
+        ok = cause == 0
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.model, ok=ok)
+        model = optax.apply_updates(state.model, jax.tree.map(lambda u: guard.rate * u, updates))
+        model = keep(ok, model, state.model)
+        metrics = {"loss": loss, "grad_norm": norm, "tokens": jnp.sum(batch.maskable), **sums}
+        metrics |= {"cause": cause, "streak": guard.streak, "skipped": guard.skipped}
+        metrics |= {"offset": guard.offset, "rate": guard.rate}
+        if batch.replaced is not None:
+            metrics["replaced_rows"] = jnp.sum(batch.replaced)
+        return TrainState(state.step + 1, model, opt_state, guard), metrics
 
     return jax.jit(train_step, donate_argnums=0, compiler_options=compiler_options)
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
+from faults import nan_batches
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -72,6 +73,12 @@ def run(config, workdir, differs=False, broken=None):
     finally:
         pipeline.RowSource.__getitem__ = original
     return read
+
+
+def sick(config, workdir, batches):
+    """Trains on data of which some batches give a loss of NaN."""
+    with nan_batches(batches):
+        train.train(ConfigDict(config), workdir)
 
 
 def masks(config, workdir, steps):
@@ -146,6 +153,7 @@ def fail(process):
 JOBS = {
     "meet": meet,
     "run": run,
+    "sick": sick,
     "masks": masks,
     "place": place,
     "evaluate": evaluate,

@@ -9,15 +9,16 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "llada_jax"
 FLOORS = [
     {"config"},
-    {"processes"},
+    {"processes", "integrity", "logs", "requests", "untrusted"},
+    {"events", "goodput"},
     {"sharding", "compiler_options", "cli", "checks"},
-    {"attention", "diffusion", "optimizer"},
+    {"attention", "diffusion", "optimizer", "stability", "watchdog"},
     {"model", "data"},
     {"cross_entropy"},
     {"losses"},
     {"train_step", "sampling", "likelihood"},
     {"checkpoint", "metrics"},
-    {"interop"},
+    {"interop", "loop"},
     {"train", "evaluation", "sample"},
     {"ahead"},
 ]

@@ -195,6 +195,13 @@ def test_babysitting_restarts_what_crashed_and_replaces_what_is_silent(fake):
     ]  # fmt: skip
 
 
+def test_babysitting_starts_a_run_again_that_was_told_to_stop_and_counts_no_retry(fake):
+    tell(fake, states=["ACTIVE"], runs=["EXITED 75", "RUNNING", "EXITED 75", "EXITED 0"])
+    done = babysit("--retries=0", *TRAIN, fake=fake)
+    assert done.returncode == 0, done.stderr
+    assert actions(fake).count("run") == 2 and "has saved; it starts again" in done.stderr
+
+
 @pytest.mark.parametrize(
     "script, flags, code, message",
     [
@@ -226,7 +233,14 @@ def host(tmp_path):
     for name in ("launch/worker.sh", "launch/environment.sh", "requirements.txt", "pyproject.toml"):
         (tmp_path / name).write_bytes((ROOT / name).read_bytes())
     (tmp_path / ".venv/bin").mkdir(parents=True)
-    source = "import sys, time\nprint(sys.argv[1:], flush=True)\ntime.sleep(60 * ('wait' in sys.argv))\nsys.exit(3)"
+    source = """import signal, sys, time
+def save(*_):
+    time.sleep(1)
+    sys.exit(print("saved", flush=True) or 75)
+signal.signal(signal.SIGTERM, save)
+print(sys.argv[1:], flush=True)
+time.sleep(60 * ("wait" in sys.argv))
+sys.exit(3)"""
     program(tmp_path / ".venv/bin/python", source)
     facts = subprocess.run("cat requirements.txt pyproject.toml | cksum", shell=True, cwd=ROOT, capture_output=True)
     (tmp_path / ".venv/.prepared").write_text(f"{facts.stdout.decode().strip()} tpu\n")
@@ -240,8 +254,9 @@ def test_a_host_runs_in_the_background_tells_how_it_ended_and_stops(host):
     until(lambda: worker("state").stdout == "EXITED 3\n")
     assert "['-m', 'llada_jax.train', '--workdir=a b', '--distributed']" in (checkout / "run.log").read_text()
     worker("run", "llada_jax.train", "wait")
-    until(lambda: worker("state").stdout == "RUNNING\n")
+    until(lambda: worker("state").stdout == "RUNNING\n" and "wait" in (checkout / "run.log").read_text())
     assert worker("stop").returncode == 0
+    assert (checkout / "run.log").read_text().endswith("saved\n")
     assert worker("state").stdout == "NOTHING\n"
 
 

@@ -83,6 +83,30 @@ def test_adamw_against_float64_numpy(tiny, rng, decay, clip):
         np.testing.assert_allclose(np.asarray(got), want, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("mu_dtype", ["float32", "bfloat16"])
+def test_updates_that_are_made_are_those_of_optax_and_the_others_leave_the_state(rng, mu_dtype):
+    config = run_config("tiny").optimizer
+    config.update(dict(schedule=(("linear", 1e-2, "9 steps"),), decay="all", clip_norm=0.0, mu_dtype=mu_dtype))
+    ours = optimizer.make_optimizer(config, total_steps=10, tokens_per_step=1)
+    theirs = optax.adamw(
+        optimizer.make_schedule(config.schedule, total_steps=10, tokens_per_step=1),
+        b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay, mu_dtype=mu_dtype,
+    )  # fmt: skip
+    params = {"w": jnp.asarray(rng.normal(size=(8, 16)), jnp.float32)}
+    states = ours.init(params), theirs.init(params)
+    for ok in (True, False, True, True):
+        grads = {"w": jnp.asarray(rng.normal(size=(8, 16)) if ok else np.full((8, 16), np.nan), jnp.float32)}
+        updates, after = ours.update(grads, states[0], params, ok=jnp.asarray(ok))
+        if ok:
+            expected, theirs_after = theirs.update(grads, states[1], params)
+            np.testing.assert_array_equal(updates["w"], expected["w"])
+            states = after, theirs_after
+        assert jax.tree.structure(after[1]) == jax.tree.structure(states[1])
+        for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(states[1]), strict=True):
+            assert a.dtype == b.dtype
+            np.testing.assert_array_equal(a, b)
+
+
 def test_norms_are_not_matrices_though_they_are_stacked(tiny):
     marks = jax.tree_util.tree_flatten_with_path(optimizer.is_matrix(Transformer(tiny, jax.random.key(0))))[0]
     spared = {jax.tree_util.keystr(path, simple=True, separator=".") for path, mark in marks if not mark}

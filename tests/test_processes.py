@@ -128,6 +128,7 @@ def two(root, of, one):
         "meet": ["meet", dict(sizes=FSDP)],
         "run": ["run", dict(config=of(2, sample_every=2, sample_prompt="床前明月光，"), workdir=path("many"))],
         "masks": ["masks", dict(config=of(2), workdir=path("many"), steps=[0, 2])],
+        "sick": ["sick", dict(config=of(4, eval_every=0, rollback_after=1), workdir=path("sick"), batches=[2])],
         "evaluated": ["evaluate", dict(workdir=path("one"), sizes=FSDP, couplets=COUPLETS[:3])],
         "sample": ["sample", dict(workdir=path("one"), prompt="床前明月光，")],
         "rows": ["place", dict(sizes=FSDP, order=[0, 2, 4, 6, 1, 3, 5, 7], batch_size=16)],
@@ -209,6 +210,21 @@ def test_a_model_split_over_processes_writes_and_scores_the_same(one, two):
 def test_a_published_checkpoint_is_the_same_file(root, one, two):
     for name in ("config.json", "model.safetensors"):
         assert (root / "hf2" / name).read_bytes() == (root / "hf" / name).read_bytes()
+
+
+def test_processes_skip_and_roll_back_alike(root, one, two):
+    found = [json.loads(line) for line in (root / "sick" / "events.jsonl").read_text().splitlines()]
+    action = "rolled back to step 2; it goes on with batch 3"
+    assert [(event["step"], event["action"]) for event in found if event["event"] == "diverged"] == [(3, action)]
+    assert [event["step"] for event in found if event["event"] == "skipped update"] == [3]
+    np.testing.assert_allclose(losses(root / "sick")[:2], losses(root / "one")[:2], rtol=1e-5)
+    assert np.isfinite(losses(root / "sick")[-2:]).all()
+    assert [line.count("rolled back to step 2") for _, line in two.printed] == [1, 0]
+
+
+def test_the_slowest_process_is_seen(root, two):
+    ratios = metrics(root / "many", "4_speed/slowest_host_over_mean")
+    assert len(ratios) >= 2 and all(1 <= ratio <= 2 for ratio in ratios[:2])  # of two
 
 
 @pytest.mark.parametrize(

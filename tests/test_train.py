@@ -13,7 +13,7 @@ from absl import flags
 from absl.testing import flagsaver
 from reference import REFERENCE
 
-from llada_jax import checkpoint, sample, sharding, train
+from llada_jax import checkpoint, loop, sample, sharding, train
 from llada_jax.config import InputError
 from llada_jax.data import sources
 from llada_jax.data.tokenizer import load_tokenizer
@@ -73,13 +73,13 @@ def test_continuing_gives_the_same_bits_as_one_run(run, tmp_path):
 
 
 def test_nothing_goes_between_host_and_device_unasked_in_the_loop(run, tmp_path, monkeypatch):
-    loop = train._loop
+    unguarded = loop.Loop.run
 
     def guarded(*arguments):
         with jax.transfer_guard("disallow"):
-            return loop(*arguments)
+            return unguarded(*arguments)
 
-    monkeypatch.setattr(train, "_loop", guarded)
+    monkeypatch.setattr(loop.Loop, "run", guarded)
     run.train.log_every, run.train.eval_every = 1, 0
     train.train(run, tmp_path / "w")
     assert [line["step"] for line in metrics(tmp_path / "w") if "1_loss/loss" in line] == [1, 2, 3, 4]

@@ -10,7 +10,6 @@ PyTorch is installed, what a forward pass written in PyTorch computes from the p
 
 import dataclasses
 import importlib.util
-import json
 import os
 import sys
 from pathlib import Path
@@ -23,9 +22,9 @@ from tqdm import tqdm
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # the checkout
 
-from llada_jax import cli
+from llada_jax import checkpoint, cli, untrusted
 from llada_jax.config import InputError, ModelConfig
-from llada_jax.interop import hf, hf_config
+from llada_jax.interop import hf
 from llada_jax.model import Block, Transformer, rms_norm
 
 # Largest difference between our float32 logits and PyTorch's, as a part of the largest logit. The order of sums makes
@@ -125,15 +124,19 @@ def _in_float32(model: Transformer) -> Transformer:
 
 def _missing_code(directory: Path) -> list[str]:
     """The Python files that auto_map of config.json names and that are not in the directory."""
-    code = json.loads((directory / "config.json").read_text()).get("auto_map") or {}
-    files = {f"{name.split('.')[0]}.py" for name in code.values() if isinstance(name, str) and "--" not in name}
+    code = untrusted.read_json(directory / "config.json").get("auto_map") or {}
+    files = {
+        f"{name.split('.')[0]}.py"
+        for name in (code.values() if isinstance(code, dict) else ())
+        if isinstance(name, str) and "--" not in name
+    }
     return sorted(file for file in files if not (directory / file).exists())
 
 
 def _published_dtype(source: Path) -> str | None:
     """The dtype of the published model that a run began with, as its config.json tells; None where there is none."""
-    model = hf_config.parse(hf_config.read_text(source), str(source / "config.json")).get("model") or {}
-    told = json.loads(model.get("published") or "{}")
+    model = checkpoint.load_config(source).get("model") or {}
+    told = untrusted.parse_json(model.get("published") or "{}", f"{source / 'config.json'}: model.published")
     dtype = told.get("torch_dtype", told.get("dtype"))
     return dtype if dtype in ("float32", "bfloat16") else None
 

@@ -3,12 +3,13 @@
 Shapes: G rows of the global batch, B of them for this process, L positions of a row.
 """
 
+import bisect
 import dataclasses
 import functools
-import json
+import itertools
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,38 +19,64 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 from llada_jax.config import InputError
 from llada_jax.data import rows
-from llada_jax.data.shards import FORMAT, decode_record
+from llada_jax.data.manifest import KINDS, check_files, read_column, read_manifest
+from llada_jax.data.shards import decode_record
 
-KINDS = ("text", "chat")
+ON_DAMAGE = ("stop", "skip")
 
 _TABLE_ROWS = 2**16  # up to here the order of an epoch is held as a table
-_PREPARE = "prepare it with tools/prepare_data.py"
+_STAND_IN_SEED = 0xDA3A6E  # fixed: a damaged row has the same stand-in on every host and in every run
+_MOST_STAND_INS = 100  # tried for one row, before the dataset is given up
+
+OnDamage = Callable[[int, str, str], object]  # is told the position in the order, the cause and what is done
+
+
+class DamagedRow(InputError):
+    """A row that is not as it was written."""
 
 
 class RowSource:
     """A prepared dataset by row: `source[i]` is a dict of tokens, segment_ids (int32 [L]),
     prompt_length and length. Thread-safe; made by `open_dataset`."""
 
-    def __init__(self, path: Path, manifest: dict[str, Any], lengths: np.ndarray):
+    def __init__(self, path: Path, manifest: dict[str, Any]):
         self.path, self.manifest = path, manifest
-        self.lengths = lengths  # int32 [rows], positions that are not padding
+        self.lengths = read_column(path / "lengths.npy", np.int32, manifest["rows"])  # what is not padding
+        self._checksums = read_column(path / "checksums.npy", np.uint32, manifest["rows"])
         self.kind: str = manifest["kind"]
         self.row_length: int = manifest["row_length"]
         self.tokenizer_path = path / manifest["tokenizer"]["file"]
         shards = [_Shard(str(path / shard["file"]), 0, shard["rows"], shard["rows"]) for shard in manifest["shards"]]
         self._records = ArrayRecordDataSource(shards)  # pyright: ignore[reportArgumentType]
+        self._ends = list(itertools.accumulate(shard["rows"] for shard in manifest["shards"]))
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        vocab_size, checksum = self.manifest["tokenizer"]["vocab_size"], int(self._checksums[index])
         try:
-            record = self._records[index]
-        except (RuntimeError, OSError) as error:
+            row = decode_record(self._records[index], self.row_length, checksum, vocab_size)
+            if row["length"] != self.lengths[index]:
+                raise ValueError(f"its length {row['length']} is {self.lengths[index]} in lengths.npy")
+        except (RuntimeError, OSError, ValueError) as error:
+            shard = bisect.bisect_right(self._ends, index)
+            file = self.path / self.manifest["shards"][shard]["file"]
+            record = index - (self._ends[shard - 1] if shard else 0)
             reason = " ".join(str(error).split())[:200]
-            message = f"{self.path}: row {index} cannot be read ({reason}); copy or {_PREPARE} again"
-            raise InputError(message) from error
-        return decode_record(record, self.row_length)
+            raise DamagedRow(f"{file}: record {record} cannot be read ({reason}); copy the file again") from error
+        return row
+
+    def stand_in(self, index: int) -> int:
+        """The readable row that takes the place of a damaged one: a function of its index and the files alone."""
+        for attempt in range(_MOST_STAND_INS):
+            draw = rows.uniform(_STAND_IN_SEED, attempt, np.asarray([index]))[0]
+            try:
+                self[other := int(draw * len(self))]
+                return other
+            except DamagedRow:
+                pass  # the next one
+        raise InputError(f"{self.path}: {_MOST_STAND_INS} rows drawn from it cannot be read; copy the dataset again")
 
 
 class _Shard(NamedTuple):
@@ -64,38 +91,21 @@ class _Shard(NamedTuple):
 def open_dataset(path: str | os.PathLike) -> RowSource:
     """Opens what `prepare_dataset` wrote; InputError if it is missing, incomplete or foreign."""
     path = Path(path)
-    try:
-        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: no dataset there (no manifest.json); {_PREPARE}") from error
-    except ValueError as error:
-        raise InputError(f"{path / 'manifest.json'}: not JSON ({error}); {_PREPARE}") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise InputError(f"{path / 'manifest.json'}: its format is not {FORMAT!r}; {_PREPARE} again")
-    for shard in manifest["shards"]:
-        size = os.path.getsize(path / shard["file"]) if (path / shard["file"]).exists() else None
-        if size != shard["bytes"]:
-            found = "is missing" if size is None else f"has {size} bytes, not {shard['bytes']}"
-            raise InputError(f"{path / shard['file']}: {found}; copy the dataset again or {_PREPARE}")
-    try:
-        lengths = np.load(path / "lengths.npy", mmap_mode="r")
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path / 'lengths.npy'}: cannot be read; copy it again or {_PREPARE}") from error
-    counted = sum(shard["rows"] for shard in manifest["shards"])
-    if not len(lengths) == manifest["rows"] == counted:
-        raise InputError(
-            f"{path}: lengths.npy has {len(lengths)} rows, the shards {counted}, the manifest says "
-            f"{manifest['rows']}; copy the dataset again or {_PREPARE}"
-        )
-    return RowSource(path, manifest, lengths)
+    manifest = read_manifest(path)
+    check_files(path, manifest)
+    return RowSource(path, manifest)
 
 
 @dataclasses.dataclass(frozen=True)
 class Order:
-    """The infinite global order of rows: `order[g]` reads the row of position g."""
+    """The infinite global order of rows: `order[g]` reads the row of position g.
+
+    With `on_damage`, a row that cannot be read is told to it and replaced by its stand-in, which has "replaced" set.
+    """
 
     sources: tuple[RowSource, ...]
     places: grain.MapDataset
+    on_damage: OnDamage | None = None
 
     def place(self, position: int) -> tuple[int, int]:
         """The (source, row) of a position, without reading it."""
@@ -104,15 +114,29 @@ class Order:
         return place
 
     def __getitem__(self, position: int) -> dict[str, Any]:
-        source, row = self.place(position)
-        return self.sources[source][row]
+        number, row = self.place(position)
+        source = self.sources[number]
+        try:
+            return source[row]
+        except DamagedRow as error:
+            if self.on_damage is None:
+                raise InputError(f"{error}, or set config.data.on_damage to 'skip'") from error
+            other = source.stand_in(row)
+            self.on_damage(position, str(error), f"row {other} of the dataset stands in for row {row}")
+            return source[other] | {"replaced": True}
 
 
-def ordered(sources: Sequence[RowSource], weights: Sequence[float] | None = None, seed: int = 0) -> Order:
+def ordered(
+    sources: Sequence[RowSource],
+    weights: Sequence[float] | None = None,
+    seed: int = 0,
+    on_damage: OnDamage | None = None,
+) -> Order:
     """The order of training: a pure function of (seed, position), whatever the hosts and the start.
 
     Every source is shuffled by index and anew in each of its epochs; positions are dealt to the
-    sources in proportion to `weights` (rows, not tokens; equal if None).
+    sources in proportion to `weights` (rows, not tokens; equal if None). A damaged row is an InputError that names
+    the file and the record, or with `on_damage` replaced; see `Order`.
     """
     weights = [1.0] * len(sources) if weights is None else list(weights)
     if not sources or len(weights) != len(sources) or min(weights) <= 0:
@@ -130,7 +154,7 @@ def ordered(sources: Sequence[RowSource], weights: Sequence[float] | None = None
         shuffle_seed = int(np.random.SeedSequence([seed, i]).generate_state(1)[0])
         parts.append(_shuffled(len(source), shuffle_seed).map(functools.partial(_place, i)))
     places = parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, weights)
-    return Order(tuple(sources), places)
+    return Order(tuple(sources), places, on_damage)
 
 
 def _shuffled(size: int, seed: int) -> grain.MapDataset:
@@ -175,7 +199,8 @@ def batches(
 
     Each is a dict of the rows that `only` names (those of this process; None: all): tokens and
     segment_ids int32 [B, L] (segment 0 is padding), maskable bool [B, L], answer_length int32 [B]
-    (how many positions are maskable). No other rows are read.
+    (how many positions are maskable); where damaged rows are replaced, which ones were: replaced bool [B]. No other
+    rows are read.
     "text": everything but padding is maskable; `random_length_fraction` and `split_fraction` apply.
     "chat": the reply is maskable, and so is the EOS that pads it to the longest dialogue of the
     *global* batch; text rows may be mixed in. `prefetch` batches are made ahead by `threads`.
@@ -213,12 +238,13 @@ def _make_batch(
     positions_G = range(step * batch_size, (step + 1) * batch_size)
     positions_B = np.asarray([positions_G[row] for row in only])
     read = [order[int(g)] for g in positions_B]
+    replaced = {} if order.on_damage is None else {"replaced": np.asarray(["replaced" in row for row in read])}
     tokens_BL = np.stack([row["tokens"] for row in read])
     segment_ids_BL = np.stack([row["segment_ids"] for row in read])
     if kind == "chat":
         longest = _longest_dialogue(order, positions_G)
         prompts_B = np.asarray([row["prompt_length"] for row in read], np.int32)
-        return _pad_answers(tokens_BL, segment_ids_BL, prompts_B, longest, eos_id)
+        return _pad_answers(tokens_BL, segment_ids_BL, prompts_B, longest, eos_id) | replaced
     random_fraction, split_fraction = fractions
     if random_fraction:
         tokens_BL, segment_ids_BL = rows.random_length(
@@ -231,7 +257,7 @@ def _make_batch(
         )
     if split_fraction:
         segment_ids_BL = rows.split_in_two(segment_ids_BL, positions_B, fraction=split_fraction, seed=seed)
-    return _batch(tokens_BL, segment_ids_BL, segment_ids_BL > 0)
+    return _batch(tokens_BL, segment_ids_BL, segment_ids_BL > 0) | replaced
 
 
 def _longest_dialogue(order: Order, positions_G: range) -> int:

@@ -24,10 +24,10 @@ import tqdm
 
 from llada_jax.config import InputError
 from llada_jax.data import rows, sources
+from llada_jax.data.manifest import KINDS, read_manifest
 from llada_jax.data.shards import FORMAT, ShardWriter, atomic_directory
 from llada_jax.data.tokenizer import Messages, Tokenizer
 
-KINDS = ("text", "chat")
 OVERLONG = ("error", "drop")
 
 _CHUNK_BYTES = 2**18  # of text, the unit of work of one process: a fraction of a second
@@ -102,7 +102,7 @@ def prepare_dataset(
     stream, described = _open_sources(plan, files, texts, dialogues)
     output = Path(output)
     fingerprint = _fingerprint(plan, tokenizer, described)
-    manifest = _existing(output, fingerprint)
+    manifest = _existing(output, fingerprint, described)
     if manifest is not None:
         return manifest
     with atomic_directory(output) as directory, _progress_bar(described, progress) as bar:
@@ -172,21 +172,36 @@ def _fingerprint(plan: Plan, tokenizer: Tokenizer, described: list[dict[str, Any
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def _existing(output: Path, fingerprint: str | None) -> dict[str, Any] | None:
+def _existing(output: Path, fingerprint: str | None, described: list | None) -> dict[str, Any] | None:
     """The manifest of `output` if it is the same preparation, None if there is nothing yet."""
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return None
-    try:
-        manifest = json.loads((output / "manifest.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        message = f"{output}: exists and is no prepared dataset; choose another --output"
-        raise InputError(message) from None
+    if not (output / "manifest.json").exists():
+        raise InputError(f"{output}: exists and is no prepared dataset; choose another --output")
+    manifest = read_manifest(output)
     if fingerprint is None or manifest.get("preparation") != fingerprint:
+        if changed := _changed_sources(manifest.get("sources"), described):
+            raise InputError(
+                f"{changed}: changed since {output} was prepared from it; restore it, or prepare it in another place"
+            )
         raise InputError(
             f"{output}: holds another preparation (other sources, tokenizer or settings); "
             "remove it or choose another --output"
         )
     return manifest
+
+
+def _changed_sources(before: object, now: list[dict[str, Any]] | None) -> str:
+    """The sources of the same name that have other contents than before."""
+    known = (
+        {Path(str(s.get("file"))).name: s for s in before if isinstance(s, dict)} if isinstance(before, list) else {}
+    )
+    changed = []
+    for source in now or []:
+        old = known.get(Path(source["file"]).name)
+        if old is not None and any(old.get(name) != source[name] for name in source if name != "file"):
+            changed.append(source["file"])
+    return ", ".join(changed[:5])
 
 
 def _progress_bar(described: list[dict[str, Any]] | None, progress: bool) -> tqdm.tqdm:

@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from llada_jax import untrusted
 from llada_jax.config import InputError
 from llada_jax.data.tokenizer import ROLES
 
@@ -19,7 +20,7 @@ COUPLETS = Path(__file__).with_name("couplets.tsv")
 DOCUMENTS = ("file", "paragraph", "line")  # what one document of a text file is
 
 _TEXT = (".txt", ".text", ".md", ".rst", ".tex", ".py")
-_LARGEST_DOCUMENT = 2**26  # bytes; one document is held and tokenised by one process
+_LARGEST_DOCUMENT = 2**26  # bytes; one document, or line, is held and tokenised by one process
 
 
 def expand_files(patterns: str | Sequence[str]) -> list[str]:
@@ -43,6 +44,7 @@ def expand_files(patterns: str | Sequence[str]) -> list[str]:
     if not found:
         raise InputError("no files given; name them by comma-separated globs, as in 'corpus/**/*.txt'")
     for path in found.difference(EMBEDDED):
+        untrusted.require_file(Path(path))
         if Path(path).stat().st_size == 0:
             raise InputError(f"{path}: is empty; remove it or leave it out of the pattern")
     return sorted(found)
@@ -179,13 +181,15 @@ def _lines(path: str) -> Iterator[str]:
 
 
 def _paragraphs(path: str) -> Iterator[str]:
-    paragraph: list[str] = []
-    for _, line in _numbered_lines(path):
+    paragraph, size = [], 0
+    for where, line in _numbered_lines(path):
         if line.strip():
             paragraph.append(line)
+            size += len(line) + 1
+            _require_size(size, where, "a paragraph", "use --documents=line")
         elif paragraph:
             yield "\n".join(paragraph)
-            paragraph = []
+            paragraph, size = [], 0
     if paragraph:
         yield "\n".join(paragraph)
 
@@ -194,13 +198,14 @@ def _whole_file(path: str) -> Iterator[str]:
     lines, size = [], 0
     for _, line in _numbered_lines(path):
         lines.append(line)
-        size += len(line)
-        if size > _LARGEST_DOCUMENT:
-            raise InputError(
-                f"{path}: too large for one document (over {_LARGEST_DOCUMENT >> 20} MB); "
-                "use --documents=paragraph or --documents=line"
-            )
+        size += len(line) + 1
+        _require_size(size, path, "one document", "use --documents=paragraph or --documents=line")
     yield "\n".join(lines)
+
+
+def _require_size(size: int, where: str, what: str, remedy: str) -> None:
+    if size > _LARGEST_DOCUMENT:
+        raise InputError(f"{where}: too large for {what} (over {_LARGEST_DOCUMENT >> 20} MB); {remedy}")
 
 
 def _numbered_lines(path: str) -> Iterator[tuple[str, str]]:
@@ -208,7 +213,9 @@ def _numbered_lines(path: str) -> Iterator[tuple[str, str]]:
     number = 0
     try:
         with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
+            lines = iter(lambda: file.readline(_LARGEST_DOCUMENT + 1), b"")  # what is packed may be one endless line
+            for number, line in enumerate(lines, start=1):
+                _require_size(len(line), f"{path}:{number}", "a line", "cut it")
                 if number == 1:
                     line = line.removeprefix(b"\xef\xbb\xbf")  # byte order mark
                 yield f"{path}:{number}", line.decode().rstrip("\r\n")
@@ -257,7 +264,8 @@ def _parquet_texts(path: str) -> Iterator[str]:
             if "text" not in file.schema_arrow.names:
                 names = ", ".join(file.schema_arrow.names)
                 raise InputError(f"{path}: no column 'text'; its columns are {names}")
-            for batch in file.iter_batches(batch_size=1024, columns=["text"]):
+            # Few rows at a time: a small file may repeat a large text any number of times.
+            for batch in file.iter_batches(batch_size=16, columns=["text"]):
                 for text in batch.column(0).to_pylist():
                     number += 1
                     if not isinstance(text, str):
@@ -265,6 +273,7 @@ def _parquet_texts(path: str) -> Iterator[str]:
                             f"{path}: row {number}: column 'text' holds "
                             f"{type(text).__name__}, not text; repair or drop the row"
                         )
+                    _require_size(len(text), f"{path}: row {number}", "a document", "cut it")
                     yield text
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())[:200]

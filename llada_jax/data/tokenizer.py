@@ -1,24 +1,24 @@
 """One tokenizer over a SentencePiece `.model` or a Hugging Face `tokenizer.json`; its training."""
 
+import contextlib
 import functools
 import hashlib
 import io
 import itertools
-import json
 import os
 import random
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
-import jinja2.sandbox
 import sentencepiece
 import tokenizers
 
+from llada_jax import untrusted
 from llada_jax.config import InputError
+from llada_jax.data import template_process, templates
 
 BOS = "<|startoftext|>"
 EOS = "<|endoftext|>"  # also the padding
@@ -95,7 +95,9 @@ class Tokenizer:
         for source, name in self._model.files(self.path):
             copies.append(directory / name)
             if not (copies[-1].exists() and copies[-1].samefile(source)):
-                shutil.copyfile(source, copies[-1])
+                partial = directory / f".{name}.{os.getpid()}"
+                shutil.copyfile(source, partial)
+                partial.replace(copies[-1])  # at once: a run that was killed here finds the old one or the new
         return copies
 
 
@@ -110,9 +112,9 @@ def load_tokenizer(path: str | os.PathLike, *, mask_id: int | None = None, eot_i
     try:
         kind = _TokenizerJson if file.suffix == ".json" else _SentencePiece
         return Tokenizer(kind(file, given), file)
-    except (InputError, FileNotFoundError):
+    except (InputError, KeyboardInterrupt, SystemExit):
         raise
-    except Exception as error:  # both libraries raise bare Exception or RuntimeError for corrupt files
+    except BaseException as error:  # the libraries raise bare Exception or RuntimeError, and Rust a panic of its own
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{file}: not a readable tokenizer ({reason}); make or copy it again") from error
 
@@ -250,7 +252,7 @@ class _TokenizerJson:
         settings: dict[str, Any] = {}
         for name in ("special_tokens_map.json", "tokenizer_config.json"):
             if (path.parent / name).exists():
-                settings |= _read_json(path.parent / name)
+                settings |= untrusted.read_json(path.parent / name)
         self.vocab_size = max(self._hf.get_vocab(with_added_tokens=True).values()) + 1
         self._names = {
             "bos_token": _token_text(settings.get("bos_token")) or BOS,
@@ -276,23 +278,28 @@ class _TokenizerJson:
         self.mask_id = id_of("mask_token") if given["mask_id"] is None else given["mask_id"]
         eot_id = self._hf.token_to_id(EOT) if given["eot_id"] is None else given["eot_id"]
         self.eot_id = self.eos_id if eot_id is None else eot_id  # iLLaDA ends its turns with EOS
+        self._path = path
         self.chat_template = _chat_template(path.parent, settings) or LLADA_CHAT_TEMPLATE
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.globals["raise_exception"] = _refuse_messages
-        self._template = environment.from_string(self.chat_template)
+        if not isinstance(self.chat_template, str):
+            raise InputError(f"{path.parent}: its chat_template is no text; copy it again")
+        self._ours = template_process.environment().from_string(LLADA_CHAT_TEMPLATE)
 
     def encode(self, text: str) -> list[int]:
-        return self._hf.encode(text, add_special_tokens=False).ids
+        with _told(self._path):
+            return self._hf.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: list[int], keep_special: bool) -> str:
-        return self._hf.decode(ids, skip_special_tokens=not keep_special)
+        with _told(self._path):
+            return self._hf.decode(ids, skip_special_tokens=not keep_special)
 
     def piece(self, id: int) -> str:
-        return self._hf.decode([id], skip_special_tokens=False) or "\ufffd"
+        return self.decode([id], keep_special=True) or "\ufffd"
 
     def encode_chat(self, messages: Messages) -> list[int]:
-        text = self._template.render(messages=messages, add_generation_prompt=True, **self._names)
-        return self.encode(text)
+        values = {"messages": messages, "add_generation_prompt": True, **self._names}
+        if self.chat_template == LLADA_CHAT_TEMPLATE:  # that of everyone so far: at once, and trusted
+            return self.encode(self._ours.render(values))
+        return self.encode(templates.render(self.chat_template, values, self._path.parent))
 
     def files(self, path: Path) -> list[tuple[Path, str]]:
         beside = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
@@ -300,28 +307,34 @@ class _TokenizerJson:
         return [(path, "tokenizer.json"), *present]
 
 
+@contextlib.contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """Names the file where the Rust library gives up: it raises bare Exceptions, and panics, which are none."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error) is not Exception and type(error).__name__ != "PanicException":
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{path}: the tokenizer fails on this text ({reason}); make or copy it again") from error
+
+
 def _find_tokenizer(path: Path) -> Path:
-    if not path.exists():
+    if not os.path.lexists(path):
         raise InputError(f"{path}: no such tokenizer; give a .model or tokenizer.json file or its directory")
     if path.is_dir():
         for name in ("tokenizer.json", "tokenizer.model"):
             if (path / name).exists():
-                return path / name
+                return _find_tokenizer(path / name)
         models = sorted(path.glob("*.model"))
         if len(models) == 1:
-            return models[0]
+            return _find_tokenizer(models[0])
         found = f"{len(models)} .model files" if models else "no tokenizer.json or tokenizer.model"
         raise InputError(f"{path}: holds {found}; name the tokenizer file")
     if path.suffix not in (".model", ".json"):
         raise InputError(f"{path}: a tokenizer is a .model (SentencePiece) or tokenizer.json file")
+    untrusted.require_file(path, untrusted.LARGEST_JSON)
     return path
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path}: not JSON ({error}); copy it again") from error
 
 
 def _token_text(token: str | Mapping[str, Any] | None) -> str | None:
@@ -330,15 +343,11 @@ def _token_text(token: str | Mapping[str, Any] | None) -> str | None:
 
 def _chat_template(directory: Path, settings: Mapping[str, Any]) -> str | None:
     if (directory / "chat_template.jinja").exists():
-        return (directory / "chat_template.jinja").read_text(encoding="utf-8")
+        return untrusted.read_text(directory / "chat_template.jinja")
     template = settings.get("chat_template")
     if isinstance(template, list):  # several named templates
         template = {entry["name"]: entry["template"] for entry in template}.get("default")
     return template
-
-
-def _refuse_messages(reason: str):
-    raise InputError(f"the chat template refuses these messages: {reason}")
 
 
 def _sample_lines(texts: Iterable[str]) -> list[str]:

@@ -20,7 +20,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from llada_jax import checkpoint, processes
+from llada_jax import checkpoint, processes, untrusted
 from llada_jax.config import InputError, ModelConfig, model_config
 from llada_jax.data.shards import atomic_directory
 from llada_jax.interop import hf_config, names
@@ -205,7 +205,7 @@ def new_directory(path: Path) -> Iterator[Path]:
 
 
 def _read_json(directory: Path) -> dict:
-    return hf_config.parse(hf_config.read_text(directory), str(directory / "config.json"))
+    return untrusted.parse_json(hf_config.read_text(directory), str(directory / "config.json"))
 
 
 def _is_workdir(config: dict) -> bool:
@@ -334,7 +334,7 @@ def _token_ids(directory: Path) -> dict[str, int]:
     path = directory / "tokenizer.json"
     if not path.is_file():
         return {}
-    tokenizer = hf_config.parse(path.read_text("utf-8", errors="replace"), str(path))
+    tokenizer = untrusted.read_json(path)
     try:
         return {token["content"]: token["id"] for token in tokenizer.get("added_tokens") or []}
     except (TypeError, KeyError) as error:

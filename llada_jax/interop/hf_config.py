@@ -5,11 +5,11 @@ carried in `ModelConfig.published`, so that saving gives it back.
 """
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from llada_jax import untrusted
 from llada_jax.config import PRESETS, InputError, ModelConfig
 from llada_jax.data.tokenizer import BOS, EOT, MASK
 
@@ -107,6 +107,7 @@ _FRESH: dict[str, dict] = {
     ),
 }  # fmt: skip
 
+_LARGEST_FLOAT = 1e300  # JSON knows integers that no float can hold
 _ILLADA_MASK = 5  # its config names no mask id; arXiv 2606.25331
 
 
@@ -117,21 +118,7 @@ def read_text(directory: Path) -> str:
         raise InputError(f"{directory}: no such directory; it should hold config.json and .safetensors files")
     if not path.is_file():
         raise InputError(f"{directory}: no config.json in it")
-    try:
-        return path.read_bytes().decode("utf-8")
-    except ValueError as error:
-        raise InputError(f"{path}: not valid JSON ({error})") from error
-
-
-def parse(text: str, where: str) -> dict:
-    """config.json as a dictionary. Raises InputError when it is no JSON object."""
-    try:
-        raw = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}: not valid JSON ({error})") from error
-    if not isinstance(raw, dict):
-        raise InputError(f"{where}: not a JSON object")
-    return raw
+    return untrusted.read_text(path)
 
 
 def read_config(text: str, where: str, dtype: str, token_ids: Mapping[str, int]) -> ModelConfig:
@@ -140,7 +127,7 @@ def read_config(text: str, where: str, dtype: str, token_ids: Mapping[str, int])
     token_ids: of the special tokens by their text, for the ids that config.json does not name. Raises InputError for
     another family, a missing or impossible field, and every option that this model cannot compute.
     """
-    raw = parse(text, where)
+    raw = untrusted.parse_json(text, where)
     family = _family(raw, where)
     raw = _DEFAULTS[family] | raw
     _refuse(raw, family, dtype, where)
@@ -164,7 +151,7 @@ def write_config(c: ModelConfig, dtype: str) -> str:
     if not c.published:
         return _dump(_FRESH[c.family] | wanted | {"torch_dtype": dtype})
     where = "config.model.published"
-    raw, told = parse(c.published, where), read_config(c.published, where, "float32", {})
+    raw, told = untrusted.parse_json(c.published, where), read_config(c.published, where, "float32", {})
     from_tokenizer = [name for name in ("bos_token_id", "eot_token_id") if fields[name] not in raw]
     changed = {
         field: wanted[field]
@@ -278,7 +265,7 @@ def _natural(value, field: str, where: str) -> int:
 
 def _positive(raw: dict, field: str, where: str) -> float:
     value = raw.get(field, "missing")
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < _LARGEST_FLOAT:
         raise InputError(f"{where}: {field} is {json.dumps(value)}, not a positive number")
     return float(value)
 

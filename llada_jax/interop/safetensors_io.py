@@ -16,6 +16,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
+from llada_jax import untrusted
 from llada_jax.config import InputError
 
 DTYPES = {"F32": np.dtype(np.float32), "BF16": jnp.dtype(jnp.bfloat16), "F16": np.dtype(np.float16)}
@@ -154,8 +155,10 @@ def _complete(present: dict[str, Path]) -> set[str]:
 
 def _read_index(path: Path) -> dict[str, str]:
     try:
-        index = json.loads(path.read_text("utf-8"), object_pairs_hook=_no_duplicates)
+        index = json.loads(untrusted.read_text(path), object_pairs_hook=_no_duplicates)
         files = dict(index["weight_map"])
+    except InputError:
+        raise
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise InputError(f"{path}: not an index of shards ({_brief(error)})") from error
     if not files or not all(isinstance(file, str) and file.endswith(".safetensors") for file in files.values()):
