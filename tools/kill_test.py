@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 from absl import flags
 
+os.environ["JAX_PLATFORMS"] = "cpu"  # before JAX: what is compared is read here
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # the checkout
 
 from digest import digest
