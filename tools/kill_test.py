@@ -111,7 +111,7 @@ class Run:
 def kill(run: Run, moment: str, draw: random.Random) -> Kill | None:
     """Waits for the moment, and some more, and kills one process; None if the run ended before.
 
-    A moment that was missed is not waited for: the run goes on for 50 lines of metrics at most.
+    A moment that was missed is not waited for: the run goes on for 5 lines of metrics at most.
     """
     lines = run.lines()
     reached: dict[str, Callable[[], bool]] = {
@@ -119,7 +119,7 @@ def kill(run: Run, moment: str, draw: random.Random) -> Kill | None:
         "computing": lambda: run.moment() == "computing" and run.lines() > lines,
     }
     pause = {"any": 4.0, "preparing": 0.1, "restoring": 1.0, "computing": 0.3}.get(moment, 0.03)  # seconds, at most
-    while not reached.get(moment, lambda: run.moment() == moment)() and run.lines() < lines + 50:
+    while not reached.get(moment, lambda: run.moment() == moment)() and run.lines() < lines + 5:
         if not run.is_running():
             return None
         time.sleep(0.01)
