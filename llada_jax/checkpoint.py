@@ -344,7 +344,7 @@ def claim_workdir(workdir: str | Path, config: RunConfig, *, allow_change: bool 
                 f"{workdir} holds another run: {'; '.join(refused)}. Choose another --workdir, or undo the change"
             )
     temporary = workdir / "config.json.tmp"
-    temporary.write_text(json.dumps(config.to_dict(), indent=1, sort_keys=True, ensure_ascii=False))
+    temporary.write_text(json.dumps(config.to_dict(), indent=1, sort_keys=True))
     temporary.replace(workdir / "config.json")
     if changed:
         print(f"{workdir}: continuing with {'; '.join(changed)}", file=sys.stderr)
