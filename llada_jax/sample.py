@@ -17,6 +17,7 @@ from llada_jax.config import InputError
 from llada_jax.data.tokenizer import Tokenizer, load_tokenizer
 from llada_jax.interop import hf
 from llada_jax.sampling import chat, reverse
+from llada_jax.streams import stream
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "The workdir of a training run, or a published checkpoint.")
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "The prompt; may be given several times. [MASK] or [MASK*N]: masks.")
@@ -67,7 +68,7 @@ def _open() -> tuple[Path, str | None, Tokenizer]:
 
 def _sample(model, tokenizer: Tokenizer, ids: list[int]) -> tuple[np.ndarray, np.ndarray]:
     """The sampled row [S], and the row after every step [steps, S]. Infilling alone takes the prompt as a whole."""
-    key = jax.random.key(_SEED.value)
+    key = stream(_SEED.value, "sample")
     has_masks = tokenizer.mask_id in ids
     gen_length = _GEN_LENGTH.value if _GEN_LENGTH.value is not None else (0 if has_masks else 32)
     if gen_length == 0:

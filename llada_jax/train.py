@@ -45,6 +45,7 @@ from llada_jax.loop import Loop
 from llada_jax.metrics import Reporter
 from llada_jax.model import parameter_count
 from llada_jax.sampling import chat
+from llada_jax.streams import stream
 
 
 def train(
@@ -109,7 +110,7 @@ def _train(config: RunConfig, workdir: str | Path, title: str, allow_config_chan
             reporter.say(line)
         objective = losses.objective_named(config.objective.name)
         eval_fn = train_step.make_eval_step(objective, config.objective, compiler_options=options)
-        key = jax.random.fold_in(jax.random.key(config.train.seed), 1)
+        key = stream(config.train.seed, "train")
         batches = _batches(config, rows, tokenizer, first, mesh, int(state.guard.offset))
         watch = watchdog.Watchdog(clock, events, config.train.stall_seconds)
         asked = requests.Requests(mesh, config.checkpoint.every_minutes)
@@ -147,7 +148,7 @@ def _phases(config: RunConfig) -> dict[str, int]:
 def _start(config: RunConfig, model: ModelConfig, optax_optimizer, saver, mesh, options, clock):
     """State and notes of the newest checkpoint; else a fresh state, with the weights of `init_from` if that is set."""
     init = jax.jit(train_step.init_state, static_argnums=(0, 1), compiler_options=options)
-    state = init(model, optax_optimizer, jax.random.key(config.train.seed))
+    state = init(model, optax_optimizer, stream(config.train.seed, "init"))
     clock.enter("restore")
     newest = saver.newest()
     if newest is not None:
@@ -385,7 +386,7 @@ def _evaluate(eval_fn, model, *, config, validation, tokenizer, mesh) -> dict[st
     )  # fmt: skip
     total = None
     for i, batch in enumerate(batches):
-        metrics = eval_fn(model, _placed(batch, mesh, size), jax.random.fold_in(jax.random.key(0), i))
+        metrics = eval_fn(model, _placed(batch, mesh, size), jax.random.fold_in(stream(0, "eval"), i))
         total = metrics if total is None else jax.tree.map(jnp.add, total, metrics)
     assert total is not None
     return jax.device_get(total)

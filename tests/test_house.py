@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "llada_jax"
 FLOORS = [
-    {"config"},
+    {"config", "streams"},
     {"processes", "integrity", "logs", "requests", "untrusted"},
     {"events", "goodput"},
     {"sharding", "compiler_options", "cli", "checks"},

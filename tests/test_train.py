@@ -49,7 +49,7 @@ def leaves(model):
 def test_a_run_leaves_everything_that_is_needed_to_use_it(run, tmp_path):
     run.train.sample_every, run.train.sample_prompt = 4, "床前明月光，"
     last = train.train(run, tmp_path / "w")
-    assert 0 < last["0_validation/elbo_nats_per_token"] < 12
+    assert 0 < last["0_validation/elbo_nats_per_token"] < 20  # 8 rows, some of small p
     workdir = tmp_path / "w"
     stored = checkpoint.load_config(workdir)
     assert stored["model"]["vocab_size"] == load_tokenizer(workdir / "tokenizer").vocab_size
