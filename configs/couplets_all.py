@@ -3,15 +3,10 @@
 bash launch/quickstart.sh --config=configs/couplets_all.py --workdir=DIR
 """
 
-import importlib.util
-from pathlib import Path
+from llada_jax.configs import quickstart
 
 
 def get_config():
-    spec = importlib.util.spec_from_file_location("quickstart", Path(__file__).with_name("quickstart.py"))
-    assert spec is not None and spec.loader is not None
-    quickstart = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(quickstart)
     config = quickstart.get_config().unlock()
     config.data.row_length = 20
     config.train.steps = 3000

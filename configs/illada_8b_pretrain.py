@@ -4,7 +4,7 @@ python -m llada_jax.train --config=configs/illada_8b_pretrain.py:v5p-128 --workd
 """
 
 from llada_jax.config import run_config, set_slice
-from llada_jax.optimizer import ILLADA_PRETRAIN
+from llada_jax.training.optimizer import ILLADA_PRETRAIN
 
 SLICES = {"v5p-128": dict(microbatches=10, remat="matmuls")}
 

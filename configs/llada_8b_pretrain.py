@@ -6,7 +6,7 @@ python tools/compile_ahead.py --config=configs/llada_8b_pretrain.py:v5p-128 --to
 """
 
 from llada_jax.config import run_config, set_slice
-from llada_jax.optimizer import LLADA_PRETRAIN
+from llada_jax.training.optimizer import LLADA_PRETRAIN
 
 SLICES = {  # found with tools/compile_ahead.py; the global batch is the paper's on all of them
     "v5e-256": dict(microbatches=5, remat="projections"),

@@ -7,7 +7,7 @@ python -m llada_jax.train --config=configs/llada_8b_sft.py:v5e-64 --workdir=DIR 
 """
 
 from llada_jax.config import run_config, set_slice
-from llada_jax.optimizer import LLADA_SFT
+from llada_jax.training.optimizer import LLADA_SFT
 
 SLICES = {"v5e-64": dict(microbatches=4, remat="projections")}
 

@@ -4,7 +4,8 @@ python -m llada_jax.train --config=configs/pretrain_tiny.py --workdir=DIR --conf
 python -m llada_jax.train --config=configs/pretrain_tiny.py:python --workdir=DIR     # English: Python's own reference
 """
 
-from llada_jax.config import InputError, run_config
+from llada_jax.config import run_config
+from llada_jax.inputs import InputError
 
 
 def get_config(arg: str = ""):

@@ -3,15 +3,15 @@
 import importlib
 
 _HOMES = {
-    "ModelConfig": "config",
-    "Transformer": "model",
-    "generate": "sampling.reverse",
+    "ModelConfig": "model.config",
+    "Transformer": "model.transformer",
+    "generate": "sampling.generate",
     "load": "interop.hf",
-    "log_likelihood": "likelihood",
-    "log_likelihood_from_masks": "likelihood",
-    "pretrain_loss": "losses",
+    "log_likelihood": "evaluation.likelihood",
+    "log_likelihood_from_masks": "evaluation.likelihood",
+    "pretrain_loss": "objectives.elbo",
     "save_hf": "interop.hf",
-    "sft_loss": "losses",
+    "sft_loss": "objectives.elbo",
 }
 __all__ = list(_HOMES)
 

@@ -12,12 +12,16 @@ import jax
 import numpy as np
 from absl import flags
 
-from llada_jax import checkpoint, cli, processes, sharding
-from llada_jax.config import InputError
+from llada_jax import cli
 from llada_jax.data.tokenizer import Tokenizer, load_tokenizer
+from llada_jax.inputs import InputError
 from llada_jax.interop import hf
-from llada_jax.sampling import chat, reverse
+from llada_jax.parallel import processes
+from llada_jax.parallel.mesh import make_mesh
+from llada_jax.sampling import prompts
+from llada_jax.sampling.generate import generate, infill
 from llada_jax.streams import stream
+from llada_jax.training import checkpoint
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "The workdir of a training run, or a published checkpoint.")
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "The prompt; may be given several times. [MASK] or [MASK*N]: masks.")
@@ -38,7 +42,7 @@ def main(_argv: list[str]) -> None:
     with contextlib.ExitStack() as stack:
         mesh = None
         if jax.process_count() > 1:  # the model is split over the devices of all
-            mesh = sharding.make_mesh(dict(data=1, fsdp=-1, tensor=1, context=1))
+            mesh = make_mesh(dict(data=1, fsdp=-1, tensor=1, context=1))
             stack.enter_context(jax.set_mesh(mesh))
         model = hf.load(workdir, mesh=mesh)
         is_chat = objective == "sft" if _CHAT.value == "auto" else _CHAT.value == "yes"
@@ -46,7 +50,7 @@ def main(_argv: list[str]) -> None:
             ids = (
                 tokenizer.encode_chat([{"role": "user", "content": prompt}])
                 if is_chat
-                else chat.encode_prompt(tokenizer, prompt)
+                else prompts.encode_prompt(tokenizer, prompt)
             )
             row, trajectory = _sample(model, tokenizer, ids)
             if processes.is_first():
@@ -75,13 +79,13 @@ def _sample(model, tokenizer: Tokenizer, ids: list[int]) -> tuple[np.ndarray, np
         if _CFG_SCALE.value or _REMASKING.value != "low_confidence" or _BLOCK_LENGTH.value is not None:
             raise InputError("infilling alone takes no --cfg_scale, --remasking or --block_length; give --gen_length")
         steps = ids.count(tokenizer.mask_id) if _STEPS.value is None else _STEPS.value
-        sampled = reverse.infill(
+        sampled = infill(
             model, np.asarray([[*ids, tokenizer.eos_id]]), steps=steps, temperature=_TEMPERATURE.value, key=key
         )
         return np.asarray(sampled.tokens)[0], sampled.trajectory(steps, tokenizer.mask_id)[:, 0]
     steps = gen_length + ids.count(tokenizer.mask_id) if _STEPS.value is None else _STEPS.value
     block_length = gen_length if _BLOCK_LENGTH.value is None else _BLOCK_LENGTH.value
-    tokens, trajectory = reverse.generate(
+    tokens, trajectory = generate(
         model, np.asarray([ids]), gen_length=gen_length, steps=steps, block_length=block_length,
         temperature=_TEMPERATURE.value, cfg_scale=_CFG_SCALE.value, remasking=_REMASKING.value, key=key,
         return_trajectory=True,
@@ -94,7 +98,7 @@ def _print(tokenizer: Tokenizer, ids: list[int], is_chat: bool, row: np.ndarray,
     if _TRAJECTORY.value:
         for i, state in enumerate(trajectory, start=1):
             print(f"{i:4d} {''.join(tokenizer.piece(token) for token in state[start:])}", file=sys.stderr)
-    print(chat.reply_text(tokenizer, row[start:]) if is_chat else tokenizer.decode(row[start:]))
+    print(prompts.reply_text(tokenizer, row[start:]) if is_chat else tokenizer.decode(row[start:]))
 
 
 if __name__ == "__main__":

@@ -21,31 +21,27 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-from llada_jax import (
-    checkpoint,
-    cli,
-    compiler_options,
-    goodput,
-    losses,
-    optimizer,
-    processes,
-    requests,
-    sharding,
-    stability,
-    train_step,
-    watchdog,
-)
-from llada_jax.attention import kernel_for
-from llada_jax.config import InputError, ModelConfig, RunConfig, model_config
+from llada_jax import cli
+from llada_jax.config import RunConfig
 from llada_jax.data import manifest, pipeline, prepare, sources
 from llada_jax.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
-from llada_jax.events import Events
+from llada_jax.inputs import InputError
 from llada_jax.interop import hf
-from llada_jax.loop import Loop
-from llada_jax.metrics import Reporter
-from llada_jax.model import parameter_count
-from llada_jax.sampling import chat
+from llada_jax.model.attention import kernel_for
+from llada_jax.model.config import ModelConfig, model_config
+from llada_jax.model.transformer import parameter_count
+from llada_jax.objectives.elbo import Batch, objective_named
+from llada_jax.parallel import chips, processes
+from llada_jax.parallel.mesh import make_mesh, place_rows, platform, require_divides, rows_of_process
+from llada_jax.sampling import prompts
 from llada_jax.streams import stream
+from llada_jax.training import checkpoint, optimizer, preemption, stability
+from llada_jax.training.events import Events
+from llada_jax.training.goodput import Goodput
+from llada_jax.training.loop import Loop
+from llada_jax.training.metrics import Reporter
+from llada_jax.training.step import init_state, make_eval_step, make_train_step
+from llada_jax.training.watchdog import Watchdog
 
 
 def train(
@@ -80,18 +76,18 @@ def _train(config: RunConfig, workdir: str | Path, title: str, allow_config_chan
     with _nothing_left_behind(workdir), processes.together():
         processes.agree("config or --workdir", [config.to_dict(), str(workdir)])
         check(config, jax.device_count())
-        mesh = sharding.make_mesh(dict(config.mesh))
+        mesh = make_mesh(dict(config.mesh))
         optax_optimizer, step_fn, options, refused = training_step(config, mesh)
         if workdir.exists() and not workdir.is_dir():
             raise InputError(f"{workdir}: is a file; --workdir names a directory")
         tokenizer, rows, validation = open_data(config, workdir)
         model = fit_to_tokenizer(config, tokenizer)
-        sharding.require_divides(model, mesh, config.data.row_length)
+        require_divides(model, mesh, config.data.row_length)
         datasets = [source.path for source in (*rows.sources, *filter(None, [validation]))]
         processes.once(lambda: _claim(workdir, config, tokenizer, datasets, allow_config_change))
         _require_shared(workdir / "config.json")
 
-    clock, events = goodput.Goodput(workdir, begun), Events(workdir)
+    clock, events = Goodput(workdir, begun), Events(workdir)
     with jax.set_mesh(mesh):
         saver = checkpoint.Checkpointer(workdir, config)
         state, notes = _start(config, model, optax_optimizer, saver, mesh, options, clock)
@@ -108,19 +104,19 @@ def _train(config: RunConfig, workdir: str | Path, title: str, allow_config_chan
         reporter.say(_opening(model, mesh, workdir, first, total, title))
         for line in refused:
             reporter.say(line)
-        objective = losses.objective_named(config.objective.name)
-        eval_fn = train_step.make_eval_step(objective, config.objective, compiler_options=options)
+        objective = objective_named(config.objective.name)
+        eval_fn = make_eval_step(objective, config.objective, compiler_options=options)
         key = stream(config.train.seed, "train")
         batches = _batches(config, rows, tokenizer, first, mesh, int(state.guard.offset))
-        watch = watchdog.Watchdog(clock, events, config.train.stall_seconds)
-        asked = requests.Requests(mesh, config.checkpoint.every_minutes)
+        watch = Watchdog(clock, events, config.train.stall_seconds)
+        asked = preemption.Requests(mesh, config.checkpoint.every_minutes)
         prompt = config.train.sample_prompt
         loop = Loop(
             config, saver, reporter, asked, clock, events,
             evaluate=functools.partial(
                 _evaluate, eval_fn, config=config, validation=validation, tokenizer=tokenizer, mesh=mesh
             ) if validation else None,
-            sample=(lambda model: chat.complete(model, tokenizer, prompt)) if prompt else None,
+            sample=(lambda model: prompts.complete(model, tokenizer, prompt)) if prompt else None,
         )  # fmt: skip
         with contextlib.closing(reporter), contextlib.closing(watch), contextlib.closing(saver), asked:
             return loop.run(state, step_fn, key, batches, first)
@@ -131,10 +127,10 @@ def training_step(config: RunConfig, mesh):
 
     ahead/ compiles the same for devices that are not there.
     """
-    objective = losses.objective_named(config.objective.name)
+    objective = objective_named(config.objective.name)
     optax_optimizer = optimizer.make_optimizer(config.optimizer, **_phases(config))
-    options, refused = compiler_options.of_mesh(mesh)
-    step_fn = train_step.make_train_step(
+    options, refused = chips.of_mesh(mesh)
+    step_fn = make_train_step(
         optax_optimizer, objective, config.objective, microbatches=config.train.microbatches,
         spike_sigma=config.train.spike_sigma, rollback_after=config.train.rollback_after, compiler_options=options,
     )  # fmt: skip
@@ -147,7 +143,7 @@ def _phases(config: RunConfig) -> dict[str, int]:
 
 def _start(config: RunConfig, model: ModelConfig, optax_optimizer, saver, mesh, options, clock):
     """State and notes of the newest checkpoint; else a fresh state, with the weights of `init_from` if that is set."""
-    init = jax.jit(train_step.init_state, static_argnums=(0, 1), compiler_options=options)
+    init = jax.jit(init_state, static_argnums=(0, 1), compiler_options=options)
     state = init(model, optax_optimizer, stream(config.train.seed, "init"))
     clock.enter("restore")
     newest = saver.newest()
@@ -201,7 +197,7 @@ def _nothing_left_behind(workdir: Path) -> Iterator[None]:
 def _opening(model: ModelConfig, mesh, workdir: Path, first: int, total: int, title: str) -> str:
     sizes = " ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
     start = f"from step {first}" if first else "from the start"
-    kernel = kernel_for(model.attention_kernel, sharding.platform())
+    kernel = kernel_for(model.attention_kernel, platform())
     return (
         f"{title}: {parameter_count(model):,} parameters, {total} steps {start}, mesh {sizes}, {jax.device_count()} x "
         f"{jax.devices()[0].device_kind}, {kernel} attention; workdir {workdir}"
@@ -349,7 +345,7 @@ def check(config: RunConfig, devices: int) -> None:
         raise InputError("config.data.tokenizer and config.data.path: a prepared directory brings its own tokenizer")
 
 
-def _batches(config, order, tokenizer, first, mesh, offset=0) -> Iterator[losses.Batch]:
+def _batches(config, order, tokenizer, first, mesh, offset=0) -> Iterator[Batch]:
     """The batches from step `first` on, placed on the devices two steps before they are asked for.
 
     offset: how many batches rollbacks have left out.
@@ -358,7 +354,7 @@ def _batches(config, order, tokenizer, first, mesh, offset=0) -> Iterator[losses
     rows = pipeline.batches(
         order, batch_size=size, kind=config.data.kind, start_step=first + offset,
         num_steps=config.train.steps + offset, seed=config.train.seed, eos_id=tokenizer.eos_id,
-        only=sharding.rows_of_process(mesh, size), threads=config.data.threads,
+        only=rows_of_process(mesh, size), threads=config.data.threads,
         random_length_fraction=config.data.random_length_fraction if text else 0.0,
         split_fraction=config.data.split_fraction if text else 0.0,
     )  # fmt: skip
@@ -369,8 +365,8 @@ def _batches(config, order, tokenizer, first, mesh, offset=0) -> Iterator[losses
         yield ahead.popleft()
 
 
-def _placed(batch: dict[str, np.ndarray], mesh, batch_size: int) -> losses.Batch:
-    return losses.Batch(**{name: sharding.place_rows(x, mesh, batch_size) for name, x in batch.items()})
+def _placed(batch: dict[str, np.ndarray], mesh, batch_size: int) -> Batch:
+    return Batch(**{name: place_rows(x, mesh, batch_size) for name, x in batch.items()})
 
 
 def _evaluate(eval_fn, model, *, config, validation, tokenizer, mesh) -> dict[str, np.ndarray]:
@@ -382,7 +378,7 @@ def _evaluate(eval_fn, model, *, config, validation, tokenizer, mesh) -> dict[st
     batches = pipeline.batches(
         order, batch_size=size, kind=config.data.kind, start_step=0, seed=0, eos_id=tokenizer.eos_id,
         num_steps=max(1, min(config.train.eval_rows, len(validation)) // size),
-        only=sharding.rows_of_process(mesh, size),
+        only=rows_of_process(mesh, size),
     )  # fmt: skip
     total = None
     for i, batch in enumerate(batches):

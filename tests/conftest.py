@@ -13,7 +13,8 @@ import jax
 import numpy as np
 import pytest
 
-from llada_jax.config import PRESETS, run_config
+from llada_jax.config import run_config
+from llada_jax.model.config import PRESETS
 
 jax.config.update("jax_compilation_cache_dir", str(Path(tempfile.gettempdir()) / "llada_jax_tests_cache"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)

@@ -7,14 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llada_jax import losses
+from llada_jax import train
+from llada_jax.streams import stream
 
 
 @contextlib.contextmanager
 def nan_batches(numbers, seed=0):
     """While it is open, the batches with these numbers (from 0) give a run of that seed a loss of NaN."""
-    original = losses.objective_named
-    run_key = jax.random.fold_in(jax.random.key(seed), 1)
+    original = train.objective_named
+    run_key = stream(seed, "train")
     keys = np.stack([jax.random.key_data(jax.random.fold_in(run_key, number)) for number in numbers])
 
     def named(name):
@@ -25,8 +26,8 @@ def nan_batches(numbers, seed=0):
 
         return objective
 
-    losses.objective_named = named
+    train.objective_named = named
     try:
         yield
     finally:
-        losses.objective_named = original
+        train.objective_named = original

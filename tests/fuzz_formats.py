@@ -16,9 +16,11 @@ import sentencepiece
 import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 
-from llada_jax.config import PRESETS, InputError, run_config
+from llada_jax.config import run_config
 from llada_jax.data import pipeline, prepare, sources
 from llada_jax.data.tokenizer import BOS, END_HEADER, EOS, EOT, MASK, START_HEADER, load_tokenizer, train_tokenizer
+from llada_jax.inputs import InputError
+from llada_jax.model.config import PRESETS
 
 GOLDEN = Path(__file__).parent / "golden" / "tokenizer"
 TEXTS = ["春风得意马蹄疾，一日看尽长安花。", "The quick  brown fox\n\njumps over\tthe lazy dog.", "x = 1\r\n"]
@@ -34,7 +36,7 @@ TEMPLATES = [
 def _model():
     import jax
 
-    from llada_jax.model import Transformer
+    from llada_jax.model.transformer import Transformer
 
     config = dataclasses.replace(
         PRESETS["tiny"], d_model=16, n_layers=2, n_heads=2, n_kv_heads=1, mlp_hidden_size=24, vocab_size=32,
@@ -224,7 +226,7 @@ def make_ocdbt_checkpoint(root):
     """As runs save them."""
     from orbax.checkpoint import v1 as ocp
 
-    from llada_jax import checkpoint
+    from llada_jax.training import checkpoint
 
     step = _make_workdir(root) / "checkpoints" / "0"
     shutil.rmtree(step)
@@ -235,8 +237,8 @@ def make_ocdbt_checkpoint(root):
 
 
 def read_run_config(root):
-    from llada_jax import checkpoint
     from llada_jax.interop import hf
+    from llada_jax.training import checkpoint
 
     model = hf.load_config(root / "w")
     checkpoint.abstract_model(model, None)

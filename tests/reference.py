@@ -10,9 +10,9 @@ import jax
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from llada_jax.checkpoint import abstract_model, named_leaves
-from llada_jax.config import ModelConfig
-from llada_jax.interop import hf, names
+from llada_jax.interop import hf, tensor_names
+from llada_jax.model.config import ModelConfig
+from llada_jax.training.checkpoint import abstract_model, named_leaves
 
 REFERENCE = Path(__file__).parent / "golden" / "reference"
 
@@ -43,7 +43,7 @@ def published(model):
     """{published name: array} of a model, or of gradients in its shape."""
     leaves = dict(named_leaves(model))
     pick = lambda t: leaves[t.parameter] if t.layer is None else leaves[t.parameter][t.layer]
-    return {t.name: np.asarray(pick(t)).reshape(t.shape) for t in names.tensors(model.config)}
+    return {t.name: np.asarray(pick(t)).reshape(t.shape) for t in tensor_names.tensors(model.config)}
 
 
 def names_of(directory):

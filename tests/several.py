@@ -18,12 +18,16 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from llada_jax import checkpoint, cli, likelihood, losses, processes, sample, sharding, train
-from llada_jax.config import InputError
+from llada_jax import cli, sample, train
 from llada_jax.data import pipeline
 from llada_jax.data.tokenizer import load_tokenizer
-from llada_jax.evaluation import reversal
+from llada_jax.evaluation import likelihood, reversal
+from llada_jax.inputs import InputError
 from llada_jax.interop import hf
+from llada_jax.objectives.elbo import objective_named
+from llada_jax.parallel import processes
+from llada_jax.parallel.mesh import AXES, make_mesh, place_rows, rows_of_process
+from llada_jax.training import checkpoint
 
 
 def main(_argv):
@@ -44,10 +48,10 @@ def meet(sizes):
 
     Of programs that take long to compile, the processes of a busy machine reach the first use too far apart.
     """
-    mesh = sharding.make_mesh(sizes)
+    mesh = make_mesh(sizes)
     with jax.set_mesh(mesh):
         ones = jax.make_array_from_callback(
-            mesh.devices.shape, NamedSharding(mesh, P(*sharding.AXES)), lambda index: np.ones((1,) * 4, np.float32)
+            mesh.devices.shape, NamedSharding(mesh, P(*AXES)), lambda index: np.ones((1,) * 4, np.float32)
         )
         groups = [group for count in (1, 2, 3, 4) for group in itertools.combinations(range(4), count)]
         jax.block_until_ready(jax.jit(lambda x: [jnp.sum(x, group) for group in groups])(ones))
@@ -84,10 +88,10 @@ def sick(config, workdir, batches):
 def masks(config, workdir, steps):
     """Digests of the tokens and the masks of each step, put together from all processes."""
     config = ConfigDict(config)
-    mesh = sharding.make_mesh(dict(config.mesh))
+    mesh = make_mesh(dict(config.mesh))
     tokenizer, order, _ = train.open_data(config, Path(workdir))
     model = train.fit_to_tokenizer(config, tokenizer)
-    objective = losses.objective_named(config.objective.name)
+    objective = objective_named(config.objective.name)
     key = jax.random.fold_in(jax.random.key(config.train.seed), 1)
     digests = []
     with jax.set_mesh(mesh):
@@ -103,18 +107,18 @@ def masks(config, workdir, steps):
 def place(sizes, order, batch_size):
     """The rows of this process, and whether a batch placed by it is the whole batch, for any order of the devices."""
     devices = [jax.devices()[i] for i in order]
-    mesh = sharding.make_mesh(sizes, devices)
-    rows = sharding.rows_of_process(mesh, batch_size)
+    mesh = make_mesh(sizes, devices)
+    rows = rows_of_process(mesh, batch_size)
     whole = np.arange(batch_size * 8, dtype=np.int32).reshape(batch_size, 8)
     with jax.set_mesh(mesh):
-        placed = sharding.place_rows(whole[rows], mesh, batch_size)
+        placed = place_rows(whole[rows], mesh, batch_size)
         replicated = jax.jit(lambda x: jax.sharding.reshard(x, P(None, None)))(placed)
     return [rows.tolist(), bool((np.asarray(replicated.addressable_data(0)) == whole).all())]
 
 
 def evaluate(workdir, sizes, couplets):
     """What a model writes and how likely it finds things, with its parameters split over all processes."""
-    mesh = sharding.make_mesh(sizes)
+    mesh = make_mesh(sizes)
     tokenizer = load_tokenizer(Path(workdir) / "tokenizer")
     with jax.set_mesh(mesh):
         model = checkpoint.load_model(workdir, mesh)
@@ -132,7 +136,7 @@ def complete(workdir, prompt):
 
 def save(workdir, target, full_disk=False):
     """A published checkpoint of a model that is split over all processes."""
-    mesh = sharding.make_mesh(dict(data=1, fsdp=8, tensor=1, context=1))
+    mesh = make_mesh(dict(data=1, fsdp=8, tensor=1, context=1))
     if full_disk:
 
         def write_file(*_):

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from llada_jax.model import Transformer
+from llada_jax.model.transformer import Transformer
 from llada_jax.streams import STREAMS, stream
 
 

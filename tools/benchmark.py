@@ -24,10 +24,13 @@ from typing import Any
 
 from absl import flags
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # the checkout
-
 from llada_jax import cli
-from llada_jax.config import PRESETS, InputError, ModelConfig, run_config
+from llada_jax.config import run_config
+from llada_jax.inputs import InputError
+from llada_jax.model.config import PRESETS, ModelConfig
+from llada_jax.objectives.elbo import Batch, pretrain
+from llada_jax.parallel.mesh import make_mesh, place_rows
+from llada_jax.training.step import init_state, make_train_step
 
 SHAPE = flags.DEFINE_string("shape", "small", "Of `train`: small, vocabulary, or a preset of llada_jax/config.py.")
 LAYERS = flags.DEFINE_integer("layers", 0, "Of `train`: so many layers instead of the shape's own.")
@@ -67,25 +70,26 @@ class Step:
         import jax
         import numpy as np
 
-        from llada_jax import compiler_options, losses, optimizer, sharding, train_step
+        from llada_jax.parallel import chips
+        from llada_jax.training import optimizer
 
         config = run_config()
-        mesh = sharding.make_mesh(dict(config.mesh))
+        mesh = make_mesh(dict(config.mesh))
         jax.set_mesh(mesh)
         config.optimizer.mu_dtype = MU_DTYPE.value
         config.objective.attention = "full"
         adamw = optimizer.make_optimizer(config.optimizer, total_steps=10**6, tokens_per_step=rows * length)
-        options, _ = compiler_options.of_mesh(mesh)
-        init = jax.jit(train_step.init_state, static_argnums=(0, 1), compiler_options=options)
+        options, _ = chips.of_mesh(mesh)
+        init = jax.jit(init_state, static_argnums=(0, 1), compiler_options=options)
         self.state = init(c, adamw, jax.random.key(0))
         tokens_BL = np.random.default_rng(0).integers(7, c.vocab_size, (rows, length)).astype(np.int32)
         batch = dict(
             tokens=tokens_BL, segment_ids=np.ones_like(tokens_BL), maskable=np.ones_like(tokens_BL, bool),
             answer_length=np.full(rows, length, np.int32),
         )  # fmt: skip
-        self.batch = losses.Batch(**{name: sharding.place_rows(x, mesh) for name, x in batch.items()})
+        self.batch = Batch(**{name: place_rows(x, mesh) for name, x in batch.items()})
         self.key = jax.random.key(1)
-        step = train_step.make_train_step(adamw, losses.pretrain, config.objective, compiler_options=options)
+        step = make_train_step(adamw, pretrain, config.objective, compiler_options=options)
         start = time.perf_counter()
         self.compiled = step.lower(self.state, self.batch, self.key).compile()
         self.compile_seconds = time.perf_counter() - start
@@ -107,7 +111,7 @@ def work(name: str) -> None:
             compile_seconds=step.compile_seconds, devices=jax.device_count(), device=jax.devices()[0].device_kind
         )
     else:
-        from torch_step import Step as TorchStep
+        from llada_jax.tools.torch_step import Step as TorchStep
 
         step = TorchStep(c, rows, length, threads=os.cpu_count() or 1)
     for _ in range(2):  # the first ones allocate
@@ -132,8 +136,8 @@ def _peak_bytes(name: str) -> int:
 
 def train() -> None:
     """Steps of each program in turn, and a row of the table for each."""
-    from llada_jax.metrics import PEAK_FLOPS, flops_per_step
-    from llada_jax.model import parameter_count
+    from llada_jax.model.transformer import parameter_count
+    from llada_jax.training.metrics import PEAK_FLOPS, flops_per_step
 
     c, rows, length = shape()
     names = ["jax", "torch"] if TORCH.value else ["jax"]
@@ -186,7 +190,6 @@ def data() -> None:
     import jax
     import numpy as np
 
-    from llada_jax import losses, sharding
     from llada_jax.data import pipeline
     from llada_jax.data.shards import FORMAT, ShardWriter
 
@@ -205,7 +208,7 @@ def data() -> None:
         )  # fmt: skip
         (path / "none").touch()
         (path / "manifest.json").write_text(json.dumps(manifest))
-        mesh = sharding.make_mesh(dict(run_config().mesh))
+        mesh = make_mesh(dict(run_config().mesh))
         print("| row length | rows a batch | tokens/s | spread (10-90%) |\n|---|---|---|---|")
         order = pipeline.ordered([pipeline.open_dataset(path)])
         batches = pipeline.batches(
@@ -216,7 +219,7 @@ def data() -> None:
         for _ in range(STEPS.value + 1):
             start, count = time.perf_counter(), 0
             while time.perf_counter() - start < 0.5:
-                batch = losses.Batch(**{k: sharding.place_rows(x, mesh) for k, x in next(batches).items()})
+                batch = Batch(**{k: place_rows(x, mesh) for k, x in next(batches).items()})
                 count += jax.block_until_ready(batch).tokens.size
             rates.append(count / (time.perf_counter() - start))
     rates = sorted(rates[1:])
@@ -226,7 +229,7 @@ def data() -> None:
 
 def checkpoint() -> None:
     """What the loop loses to one asynchronous save, as a share of 100 steps."""
-    from llada_jax.checkpoint import Checkpointer
+    from llada_jax.training.checkpoint import Checkpointer
 
     c, rows, length = shape()
     step = Step(c, rows, length)

@@ -4,7 +4,7 @@ python tools/compile_ahead.py --config=configs/llada_8b_pretrain.py --topology=v
     [--config.train.microbatches=2] [--json=FILE] [--search] [--cache=DIR]
 
 A slice is CHIP:SHAPE or the name that Google Cloud gives it: v5e:16x16, v6e-256, v5p-128 (64 chips). Any machine with
-the TPU compiler will do (pip install 'llada_jax[tpu]'): nothing is run. How the figures arise: llada_jax/ahead/.
+the TPU compiler will do (pip install 'llada_jax[tpu]'): nothing is run. How the figures arise: tools/ahead/.
 
 --cache=DIR puts the executable into a compilation cache of JAX. A trainer on that slice, of the same versions of jax
 and libtpu, started with JAX_COMPILATION_CACHE_DIR=DIR, looks there before it compiles; should the key differ, it
@@ -17,18 +17,17 @@ import sys
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # before JAX: a TPU of this machine is left alone
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # the checkout
 
 from absl import flags
 from ml_collections import config_flags
 
 from llada_jax import cli
-from llada_jax.ahead.chips import parse_topology
-from llada_jax.ahead.compile import compile_step
-from llada_jax.ahead.estimate import report
-from llada_jax.ahead.search import search
-from llada_jax.ahead.text import describe, ranking
-from llada_jax.config import InputError
+from llada_jax.inputs import InputError
+from llada_jax.tools.ahead.chips import parse_topology
+from llada_jax.tools.ahead.compile import compile_step
+from llada_jax.tools.ahead.estimate import report
+from llada_jax.tools.ahead.search import search
+from llada_jax.tools.ahead.text import describe, ranking
 
 TOPOLOGY = flags.DEFINE_string("topology", None, "The slice, such as v5e:16x16 or v5p-128.")
 SLICES = flags.DEFINE_integer("slices", 1, "How many of them; the data axis of the mesh runs across.")

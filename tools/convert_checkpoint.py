@@ -10,8 +10,6 @@ PyTorch is installed, what a forward pass written in PyTorch computes from the p
 
 import dataclasses
 import importlib.util
-import os
-import sys
 from pathlib import Path
 
 import jax
@@ -20,12 +18,13 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # the checkout
-
-from llada_jax import checkpoint, cli, untrusted
-from llada_jax.config import InputError, ModelConfig
+from llada_jax import cli
+from llada_jax.files import parse_json, read_json
+from llada_jax.inputs import InputError
 from llada_jax.interop import hf
-from llada_jax.model import Block, Transformer, rms_norm
+from llada_jax.model.config import ModelConfig
+from llada_jax.model.transformer import Block, Transformer, rms_norm
+from llada_jax.training import checkpoint
 
 # Largest difference between our float32 logits and PyTorch's, as a part of the largest logit. The order of sums makes
 # 1e-7 to 1e-5, and 3e-4 in a random model of 32 layers so sharp that bfloat16 moves its logits by half; exchanging two
@@ -101,7 +100,7 @@ def compare_with_torch(tokens: np.ndarray, sides: dict[str, tuple[Path, np.ndarr
         return "no published files to compare with PyTorch"
     if importlib.util.find_spec("torch") is None:
         return "not compared with PyTorch, which is not installed"
-    import torch_logits
+    from llada_jax.tools import torch_logits
 
     differences = []
     for side, (path, ours) in published.items():
@@ -124,7 +123,7 @@ def _in_float32(model: Transformer) -> Transformer:
 
 def _missing_code(directory: Path) -> list[str]:
     """The Python files that auto_map of config.json names and that are not in the directory."""
-    code = untrusted.read_json(directory / "config.json").get("auto_map") or {}
+    code = read_json(directory / "config.json").get("auto_map") or {}
     files = {
         f"{name.split('.')[0]}.py"
         for name in (code.values() if isinstance(code, dict) else ())
@@ -136,7 +135,7 @@ def _missing_code(directory: Path) -> list[str]:
 def _published_dtype(source: Path) -> str | None:
     """The dtype of the published model that a run began with, as its config.json tells; None where there is none."""
     model = checkpoint.load_config(source).get("model") or {}
-    told = untrusted.parse_json(model.get("published") or "{}", f"{source / 'config.json'}: model.published")
+    told = parse_json(model.get("published") or "{}", f"{source / 'config.json'}: model.published")
     dtype = told.get("torch_dtype", told.get("dtype"))
     return dtype if dtype in ("float32", "bfloat16") else None
 

@@ -8,17 +8,14 @@ checkpoints have the same digest if and only if these are the same bits, on what
 
 import hashlib
 import json
-import os
-import sys
 from pathlib import Path
 from typing import Any
 
 from absl import flags
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # the checkout
-
 from llada_jax import cli
-from llada_jax.config import InputError
+from llada_jax.inputs import InputError
+from llada_jax.training.checksums import damage
 
 
 def digest(workdir: str | Path, step: int | None = None) -> tuple[int, str]:
@@ -30,10 +27,10 @@ def digest(workdir: str | Path, step: int | None = None) -> tuple[int, str]:
     import numpy as np
     from orbax.checkpoint import v1 as ocp
 
-    from llada_jax import checkpoint, integrity
+    from llada_jax.training import checkpoint
 
     place = checkpoint.place_of(workdir, step)
-    if found := integrity.damage(place):
+    if found := damage(place):
         raise InputError(f"{place}: damaged ({found})")
     sha, device = hashlib.sha256(), jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     with checkpoint.readable(place):

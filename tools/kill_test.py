@@ -20,13 +20,11 @@ from typing import NamedTuple
 from absl import flags
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # before JAX: what is compared is read here
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # the checkout
-
-from digest import digest
 
 from llada_jax import cli
-from llada_jax.checkpoint import saved_steps
-from llada_jax.config import InputError
+from llada_jax.inputs import InputError
+from llada_jax.tools.digest import digest
+from llada_jax.training.checkpoint import saved_steps
 
 ROOT = Path(__file__).resolve().parents[1]
 # A model that steps in milliseconds, so that most of a run is what kills may hit: beginning, saving, restoring.

@@ -10,15 +10,10 @@ embedded source: couplets, python_reference. Dialogues are .jsonl, a line
 {"messages": [{"role": …, "content": …}, …]}. The same command again reuses what is there.
 """
 
-import os
-import sys
-
 from absl import flags
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # the checkout
-
 from llada_jax import cli
-from llada_jax.data import prepare, rows, sources
+from llada_jax.data import packing, prepare, sources
 from llada_jax.data.tokenizer import load_tokenizer
 
 FILES = flags.DEFINE_list("files", None, "Comma-separated globs or embedded sources.", required=True)
@@ -29,7 +24,7 @@ ROW_LENGTH = flags.DEFINE_integer("row_length", 4096, "Tokens of a row.", lower_
 PACKING = flags.DEFINE_enum(
     "packing",
     "concatenate",
-    list(rows.PACKINGS),
+    list(packing.PACKINGS),
     "One stream cut to rows, or a row for each document.",
 )
 DOCUMENTS = flags.DEFINE_enum("documents", "file", list(sources.DOCUMENTS), "What a document of a text file is.")

@@ -14,17 +14,18 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need not be installed
-
-from llada_jax import checkpoint, cli
-from llada_jax.config import InputError, RunConfig
+from llada_jax import cli
+from llada_jax.config import RunConfig
 from llada_jax.data import prepare, sources
 from llada_jax.data.tokenizer import load_tokenizer, train_tokenizer
 from llada_jax.evaluation import reversal
-from llada_jax.model import parameter_count
-from llada_jax.sampling import chat, reverse
+from llada_jax.inputs import InputError
+from llada_jax.model.transformer import parameter_count
+from llada_jax.sampling import prompts
+from llada_jax.sampling.generate import sample
+from llada_jax.tools import report
 from llada_jax.train import train
-from tools import report
+from llada_jax.training import checkpoint
 
 # The first phrasing of each direction is the one that is asked; all are taught.
 FORWARD = ("{}的下一句是什么？", "请接下一句：{}", "{}，下一句是？")
@@ -208,12 +209,12 @@ _ANSWER_ROOM = 10  # tokens of a reply: a line and the end of the turn, then EOS
 def ask(model, tokenizer, couplets: Sequence[tuple[str, str]], direction: str):
     """The replies to the first phrasing, and for LLaDA the sampled rows."""
     form, given = (FORWARD[0], 0) if direction == "forward" else (BACKWARD[0], 1)
-    prompts = [tokenizer.encode_chat([{"role": "user", "content": form.format(c[given])}]) for c in couplets]
+    asked = [tokenizer.encode_chat([{"role": "user", "content": form.format(c[given])}]) for c in couplets]
     if model.config.causal:
-        return reversal.continue_ids(model, tokenizer, prompts, _ANSWER_ROOM), None
-    rows, real = chat.left_pad(prompts, tokenizer.pad_id)
-    sampled = reverse.sample(model, rows, real, gen_length=_ANSWER_ROOM, steps=_ANSWER_ROOM, block_length=_ANSWER_ROOM)
-    return [chat.reply_text(tokenizer, row) for row in np.asarray(sampled.tokens)[:, -_ANSWER_ROOM:]], sampled
+        return reversal.continue_ids(model, tokenizer, asked, _ANSWER_ROOM), None
+    rows, real = prompts.left_pad(asked, tokenizer.pad_id)
+    sampled = sample(model, rows, real, gen_length=_ANSWER_ROOM, steps=_ANSWER_ROOM, block_length=_ANSWER_ROOM)
+    return [prompts.reply_text(tokenizer, row) for row in np.asarray(sampled.tokens)[:, -_ANSWER_ROOM:]], sampled
 
 
 def _trajectory(tokenizer, title: str, sampled, row: int, columns: slice) -> dict:

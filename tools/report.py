@@ -9,19 +9,15 @@ that the run did not measure is left out of the page.
 import html
 import json
 import math
-import os
 import re
 import statistics
-import sys
 from pathlib import Path
 from string import Template
 
 from absl import flags
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # the checkout
-
 from llada_jax import cli
-from llada_jax.config import InputError
+from llada_jax.inputs import InputError
 
 MASK = "▒"
 SMOOTH, RAW = "1_loss/smooth_elbo_nats_per_token", "1_loss/loss"

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from llada_jax.config import ModelConfig
+from llada_jax.model.config import ModelConfig
 
 
 class Block(nn.Module):

@@ -8,12 +8,8 @@ source: couplets, python_reference. Texts of more than 256 MB are sampled by lin
 """
 
 import itertools
-import os
-import sys
 
 from absl import flags
-
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # the checkout
 
 from llada_jax import cli
 from llada_jax.data.sources import expand_files, read_documents

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from llada_jax import untrusted
-from llada_jax.config import InputError
 from llada_jax.data.shards import FORMAT
+from llada_jax.files import LARGEST_JSON, inside, read_json, require_file
+from llada_jax.inputs import InputError
 
 KINDS = ("text", "chat")
 
@@ -34,7 +34,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     path = directory / "manifest.json"
     if not path.exists():
         raise InputError(f"{directory}: no dataset there (no manifest.json); prepare it with tools/prepare_data.py")
-    manifest = untrusted.read_json(path)
+    manifest = read_json(path)
     if manifest.get("format") != FORMAT:
         raise InputError(f"{path}: its format is not {FORMAT!r}; prepare it with tools/prepare_data.py again")
 
@@ -52,11 +52,11 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     for shard in shards:
         counted = isinstance(shard, dict) and _count(shard.get("rows")) and _count(shard.get("bytes"))
         require(counted and shard["rows"] > 0, "an entry of shards")
-        untrusted.inside(directory, shard.get("file"), str(path))
+        inside(directory, shard.get("file"), str(path))
     require(sum(shard["rows"] for shard in shards) == manifest["rows"], "the number of rows")
     require(isinstance(tokenizer, dict) and isinstance(tokenizer.get("fingerprint"), str), "tokenizer")
     require(_count(tokenizer.get("vocab_size"), 2**31 - 1), "the tokenizer's vocab_size")
-    untrusted.inside(directory, tokenizer.get("file"), str(path))
+    inside(directory, tokenizer.get("file"), str(path))
     return manifest
 
 
@@ -69,14 +69,14 @@ def check_files(directory: Path, manifest: dict[str, Any]) -> None:
             found = "is missing" if size is None else f"has {size} bytes, not {shard['bytes']}"
             raise InputError(f"{path}: {found}; {_AGAIN}")
     tokenizer = directory / manifest["tokenizer"]["file"]
-    untrusted.require_file(tokenizer, untrusted.LARGEST_JSON)
+    require_file(tokenizer, LARGEST_JSON)
     if _digest(tokenizer) != manifest["tokenizer"]["fingerprint"]:
         raise InputError(f"{tokenizer}: not the tokenizer that this dataset was made with; {_AGAIN}")
 
 
 def read_column(path: Path, dtype: type, rows: int) -> np.ndarray:
     """A number for each row, [rows], mapped from an .npy file. Raises InputError if that is not what it holds."""
-    untrusted.require_file(path)
+    require_file(path)
     try:
         column = np.load(path, mmap_mode="r", allow_pickle=False)
         found = f"{len(column)} rows of {column.dtype}"
@@ -104,7 +104,7 @@ def require_unchanged(workdir: Path, directories: Sequence[Path]) -> None:
         temporary.write_text(json.dumps(found, indent=1))
         temporary.replace(place)
         return
-    begun = untrusted.read_json(place)
+    begun = read_json(place)
     for name in sorted(begun.keys() | found.keys()):
         if begun.get(name) != found.get(name):
             what = "is gone" if name not in found else "is new" if name not in begun else "changed"

@@ -17,10 +17,10 @@ import grain
 import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
-from llada_jax.config import InputError
-from llada_jax.data import rows
+from llada_jax.data import packing
 from llada_jax.data.manifest import KINDS, check_files, read_column, read_manifest
 from llada_jax.data.shards import decode_record
+from llada_jax.inputs import InputError
 
 ON_DAMAGE = ("stop", "skip")
 
@@ -70,7 +70,7 @@ class RowSource:
     def stand_in(self, index: int) -> int:
         """The readable row that takes the place of a damaged one: a function of its index and the files alone."""
         for attempt in range(_MOST_STAND_INS):
-            draw = rows.uniform(_STAND_IN_SEED, attempt, np.asarray([index]))[0]
+            draw = packing.uniform(_STAND_IN_SEED, attempt, np.asarray([index]))[0]
             try:
                 self[other := int(draw * len(self))]
                 return other
@@ -173,7 +173,7 @@ def _look_up(size: int, seed: int, position: int) -> int:
 
 @functools.lru_cache(maxsize=64)  # at most 32 MB
 def _epoch_table(size: int, seed: int, epoch: int) -> np.ndarray:
-    return np.argsort(rows.uniform(seed, epoch, np.arange(size)), kind="stable")
+    return np.argsort(packing.uniform(seed, epoch, np.arange(size)), kind="stable")
 
 
 def _place(source: int, row: int) -> tuple[int, int]:
@@ -247,7 +247,7 @@ def _make_batch(
         return _pad_answers(tokens_BL, segment_ids_BL, prompts_B, longest, eos_id) | replaced
     random_fraction, split_fraction = fractions
     if random_fraction:
-        tokens_BL, segment_ids_BL = rows.random_length(
+        tokens_BL, segment_ids_BL = packing.random_length(
             tokens_BL,
             segment_ids_BL,
             positions_B,
@@ -256,7 +256,7 @@ def _make_batch(
             pad_id=eos_id,
         )
     if split_fraction:
-        segment_ids_BL = rows.split_in_two(segment_ids_BL, positions_B, fraction=split_fraction, seed=seed)
+        segment_ids_BL = packing.split_in_two(segment_ids_BL, positions_B, fraction=split_fraction, seed=seed)
     return _batch(tokens_BL, segment_ids_BL, segment_ids_BL > 0) | replaced
 
 

@@ -22,11 +22,11 @@ from typing import Any, TypeVar
 import numpy as np
 import tqdm
 
-from llada_jax.config import InputError
-from llada_jax.data import rows, sources
+from llada_jax.data import packing, sources
 from llada_jax.data.manifest import KINDS, read_manifest
 from llada_jax.data.shards import FORMAT, ShardWriter, atomic_directory
 from llada_jax.data.tokenizer import Messages, Tokenizer
+from llada_jax.inputs import InputError
 
 OVERLONG = ("error", "drop")
 
@@ -55,7 +55,7 @@ class Plan:
     def __post_init__(self):
         choices = {
             "kind": KINDS,
-            "packing": rows.PACKINGS,
+            "packing": packing.PACKINGS,
             "documents": sources.DOCUMENTS,
             "overlong": OVERLONG,
         }
@@ -252,7 +252,7 @@ def _tokenise_text(plan: Plan, tokenizer: Tokenizer, where: str, text: str) -> _
 
 
 def _tokenise_dialogue(plan: Plan, tokenizer: Tokenizer, where: str, messages: list[dict[str, str]]) -> _Tokenised:
-    examples = rows.dialogue_rows(messages, tokenizer)
+    examples = packing.dialogue_rows(messages, tokenizer)
     fitting = [example for example in examples if len(example[0]) <= plan.row_length]
     if len(fitting) < len(examples) and plan.overlong == "error":
         longest = max(len(ids_N) for ids_N, _ in examples)
@@ -314,7 +314,7 @@ class _Subset:
         self.directory, self._plan, self._tokenizer = directory, plan, tokenizer
         self.writer = ShardWriter(directory, plan.rows_per_shard)
         ids = (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
-        self._packer = rows.Packer(plan.row_length, plan.packing, *ids)
+        self._packer = packing.Packer(plan.row_length, plan.packing, *ids)
         self._counts = {"documents": 0, "bytes": 0, "dropped": 0}
 
     def add(self, document: _Tokenised):
@@ -323,7 +323,7 @@ class _Subset:
         self._counts["dropped"] += document.dropped
         for ids_N, prompt_length in document.examples:
             if self._plan.kind == "chat":
-                row = rows.pad_row(ids_N, self._plan.row_length, self._tokenizer.pad_id)
+                row = packing.pad_row(ids_N, self._plan.row_length, self._tokenizer.pad_id)
                 self.writer.write(*row, prompt_length, len(ids_N))
             else:
                 self._write(self._packer.add(ids_N))
@@ -340,7 +340,7 @@ class _Subset:
         (self.directory / "manifest.json").write_text(text, encoding="utf-8")
         return manifest
 
-    def _write(self, packed: Iterable[rows.Row]):
+    def _write(self, packed: Iterable[packing.Row]):
         for tokens_L, segment_ids_L in packed:
             self.writer.write(tokens_L, segment_ids_L, 0, int(np.count_nonzero(segment_ids_L)))
 
@@ -363,7 +363,7 @@ def _write(
             stack.callback(subset.writer.close)
         number = 0
         for chunk in tokenised:
-            draws = rows.uniform(_VALIDATION_SEED, 0, np.arange(number, number + len(chunk)))
+            draws = packing.uniform(_VALIDATION_SEED, 0, np.arange(number, number + len(chunk)))
             for document, draw in zip(chunk, draws, strict=True):
                 held_out = draw < plan.validation_fraction
                 subsets["validation" if held_out else "train"].add(document)

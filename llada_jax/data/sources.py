@@ -11,9 +11,9 @@ import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from llada_jax import untrusted
-from llada_jax.config import InputError
 from llada_jax.data.tokenizer import ROLES
+from llada_jax.files import require_file
+from llada_jax.inputs import InputError
 
 EMBEDDED = ("couplets", "python_reference")  # names that stand where a file may
 COUPLETS = Path(__file__).with_name("couplets.tsv")
@@ -44,7 +44,7 @@ def expand_files(patterns: str | Sequence[str]) -> list[str]:
     if not found:
         raise InputError("no files given; name them by comma-separated globs, as in 'corpus/**/*.txt'")
     for path in found.difference(EMBEDDED):
-        untrusted.require_file(Path(path))
+        require_file(Path(path))
         if Path(path).stat().st_size == 0:
             raise InputError(f"{path}: is empty; remove it or leave it out of the pattern")
     return sorted(found)

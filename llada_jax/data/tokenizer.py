@@ -16,9 +16,9 @@ from typing import Any
 import sentencepiece
 import tokenizers
 
-from llada_jax import untrusted
-from llada_jax.config import InputError
-from llada_jax.data import template_process, templates
+from llada_jax.data import chat_template, template_process
+from llada_jax.files import LARGEST_JSON, read_json, read_text, require_file
+from llada_jax.inputs import InputError
 
 BOS = "<|startoftext|>"
 EOS = "<|endoftext|>"  # also the padding
@@ -252,7 +252,7 @@ class _TokenizerJson:
         settings: dict[str, Any] = {}
         for name in ("special_tokens_map.json", "tokenizer_config.json"):
             if (path.parent / name).exists():
-                settings |= untrusted.read_json(path.parent / name)
+                settings |= read_json(path.parent / name)
         self.vocab_size = max(self._hf.get_vocab(with_added_tokens=True).values()) + 1
         self._names = {
             "bos_token": _token_text(settings.get("bos_token")) or BOS,
@@ -299,7 +299,7 @@ class _TokenizerJson:
         values = {"messages": messages, "add_generation_prompt": True, **self._names}
         if self.chat_template == LLADA_CHAT_TEMPLATE:  # that of everyone so far: at once, and trusted
             return self.encode(self._ours.render(values))
-        return self.encode(templates.render(self.chat_template, values, self._path.parent))
+        return self.encode(chat_template.render(self.chat_template, values, self._path.parent))
 
     def files(self, path: Path) -> list[tuple[Path, str]]:
         beside = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
@@ -333,7 +333,7 @@ def _find_tokenizer(path: Path) -> Path:
         raise InputError(f"{path}: holds {found}; name the tokenizer file")
     if path.suffix not in (".model", ".json"):
         raise InputError(f"{path}: a tokenizer is a .model (SentencePiece) or tokenizer.json file")
-    untrusted.require_file(path, untrusted.LARGEST_JSON)
+    require_file(path, LARGEST_JSON)
     return path
 
 
@@ -343,7 +343,7 @@ def _token_text(token: str | Mapping[str, Any] | None) -> str | None:
 
 def _chat_template(directory: Path, settings: Mapping[str, Any]) -> str | None:
     if (directory / "chat_template.jinja").exists():
-        return untrusted.read_text(directory / "chat_template.jinja")
+        return read_text(directory / "chat_template.jinja")
     template = settings.get("chat_template")
     if isinstance(template, list):  # several named templates
         template = {entry["name"]: entry["template"] for entry in template}.get("default")

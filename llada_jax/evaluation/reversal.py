@@ -11,7 +11,7 @@ import numpy as np
 
 from llada_jax.data.sources import couplet_text
 from llada_jax.data.tokenizer import Tokenizer
-from llada_jax.sampling import reverse
+from llada_jax.sampling.generate import infill
 
 Couplet = tuple[str, str]
 
@@ -36,7 +36,7 @@ def fill_lines(model, tokenizer: Tokenizer, couplets: Sequence[Couplet], directi
     """
     rows, hidden = zip(*(_masked_row(tokenizer, couplet, direction) for couplet in couplets), strict=True)
     canvas, real = _right_pad(rows, tokenizer.pad_id)
-    sampled = reverse.infill(model, canvas, real)
+    sampled = infill(model, canvas, real)
     tokens = np.asarray(sampled.tokens)
     lines = [tokenizer.decode(tokens[i, hidden[i]]) for i in range(len(couplets))]
     return lines, {"sampled": sampled, "hidden": hidden}

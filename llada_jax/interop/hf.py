@@ -20,12 +20,15 @@ from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from llada_jax import checkpoint, processes, untrusted
-from llada_jax.config import InputError, ModelConfig, model_config
 from llada_jax.data.shards import atomic_directory
-from llada_jax.interop import hf_config, names
+from llada_jax.files import parse_json, read_json
+from llada_jax.inputs import InputError
+from llada_jax.interop import hf_config, tensor_names
 from llada_jax.interop import safetensors_io as files
-from llada_jax.model import Transformer
+from llada_jax.model.config import ModelConfig, model_config
+from llada_jax.model.transformer import Transformer
+from llada_jax.parallel import processes
+from llada_jax.training import checkpoint
 
 # What travels with a model besides its weights: the tokenizer, generation settings, and the code that auto_map names.
 COMPANIONS = (
@@ -68,7 +71,7 @@ def load_config(path: str | Path, dtype: str = "float32") -> ModelConfig:
     directory = Path(path)
     if _is_workdir(raw := _read_json(directory)):
         return dataclasses.replace(model_config(raw["model"]), dtype=dtype)
-    text, where = hf_config.read_text(directory), str(directory / "config.json")
+    text, where = hf_config.read_config_text(directory), str(directory / "config.json")
     return hf_config.read_config(text, where, dtype, _token_ids(directory))
 
 
@@ -129,7 +132,7 @@ class _Plan(NamedTuple):
 def _plan(model: Transformer, max_shard_size: str | int) -> _Plan:
     config, leaves = model.config, dict(checkpoint.named_leaves(model))
     text = hf_config.write_config(config, _float_name(leaves["wte"].dtype))
-    tensors = {t.name: t for t in names.tensors(config)}
+    tensors = {t.name: t for t in tensor_names.tensors(config)}
     file_dtype = {dtype: name for name, dtype in files.DTYPES.items()}
     layout = [(t.name, file_dtype[leaves[t.parameter].dtype], t.shape) for t in tensors.values()]
     shards = _shards(layout, _size(max_shard_size))
@@ -205,7 +208,7 @@ def new_directory(path: Path) -> Iterator[Path]:
 
 
 def _read_json(directory: Path) -> dict:
-    return untrusted.parse_json(hf_config.read_text(directory), str(directory / "config.json"))
+    return parse_json(hf_config.read_config_text(directory), str(directory / "config.json"))
 
 
 def _is_workdir(config: dict) -> bool:
@@ -232,7 +235,7 @@ def _assign(stored: dict[str, files.Stored], c: ModelConfig, directory: Path) ->
     """The tensors of each parameter in the order of the layers; every one is used once, or it is an InputError."""
     parts: dict[str, list[files.Stored]] = {}
     missing: list[str] = []
-    for tensor in names.tensors(c):
+    for tensor in tensor_names.tensors(c):
         found = stored.get(tensor.name)
         if found is None:
             missing.append(tensor.name)
@@ -246,10 +249,10 @@ def _assign(stored: dict[str, files.Stored], c: ModelConfig, directory: Path) ->
             parts.setdefault(tensor.parameter, []).append(found)
     if missing:
         raise InputError(f"{directory}: lacks {files.some(missing)}, which config.json calls for")
-    head = names.head_name(c)
+    head = tensor_names.head_name(c)
     if c.weight_tying and head in stored:
         _require_tied(stored[head], parts["wte"][0], head)
-    used = {tensor.name for tensor in names.tensors(c)} | ({head} if c.weight_tying else set())
+    used = {tensor.name for tensor in tensor_names.tensors(c)} | ({head} if c.weight_tying else set())
     if extra := sorted(set(stored) - used):
         raise InputError(f"{directory}: holds {files.some(extra)}, which config.json has no place for")
     return parts
@@ -334,7 +337,7 @@ def _token_ids(directory: Path) -> dict[str, int]:
     path = directory / "tokenizer.json"
     if not path.is_file():
         return {}
-    tokenizer = untrusted.read_json(path)
+    tokenizer = read_json(path)
     try:
         return {token["content"]: token["id"] for token in tokenizer.get("added_tokens") or []}
     except (TypeError, KeyError) as error:

@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llada_jax import untrusted
-from llada_jax.config import PRESETS, InputError, ModelConfig
 from llada_jax.data.tokenizer import BOS, EOT, MASK
+from llada_jax.files import parse_json, read_text
+from llada_jax.inputs import InputError
+from llada_jax.model.config import PRESETS, ModelConfig
 
 MODEL_TYPES = {"llada": "LLaDAModelLM", "illada": "ILLaDAForCausalLM"}  # and the architecture of each
 
@@ -111,14 +112,14 @@ _LARGEST_FLOAT = 1e300  # JSON knows integers that no float can hold
 _ILLADA_MASK = 5  # its config names no mask id; arXiv 2606.25331
 
 
-def read_text(directory: Path) -> str:
+def read_config_text(directory: Path) -> str:
     """The text of the directory's config.json."""
     path = directory / "config.json"
     if not directory.is_dir():
         raise InputError(f"{directory}: no such directory; it should hold config.json and .safetensors files")
     if not path.is_file():
         raise InputError(f"{directory}: no config.json in it")
-    return untrusted.read_text(path)
+    return read_text(path)
 
 
 def read_config(text: str, where: str, dtype: str, token_ids: Mapping[str, int]) -> ModelConfig:
@@ -127,7 +128,7 @@ def read_config(text: str, where: str, dtype: str, token_ids: Mapping[str, int])
     token_ids: of the special tokens by their text, for the ids that config.json does not name. Raises InputError for
     another family, a missing or impossible field, and every option that this model cannot compute.
     """
-    raw = untrusted.parse_json(text, where)
+    raw = parse_json(text, where)
     family = _family(raw, where)
     raw = _DEFAULTS[family] | raw
     _refuse(raw, family, dtype, where)
@@ -151,7 +152,7 @@ def write_config(c: ModelConfig, dtype: str) -> str:
     if not c.published:
         return _dump(_FRESH[c.family] | wanted | {"torch_dtype": dtype})
     where = "config.model.published"
-    raw, told = untrusted.parse_json(c.published, where), read_config(c.published, where, "float32", {})
+    raw, told = parse_json(c.published, where), read_config(c.published, where, "float32", {})
     from_tokenizer = [name for name in ("bos_token_id", "eot_token_id") if fields[name] not in raw]
     changed = {
         field: wanted[field]

@@ -16,8 +16,8 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from llada_jax import untrusted
-from llada_jax.config import InputError
+from llada_jax.files import read_text
+from llada_jax.inputs import InputError
 
 DTYPES = {"F32": np.dtype(np.float32), "BF16": jnp.dtype(jnp.bfloat16), "F16": np.dtype(np.float16)}
 INDEX = "model.safetensors.index.json"
@@ -155,7 +155,7 @@ def _complete(present: dict[str, Path]) -> set[str]:
 
 def _read_index(path: Path) -> dict[str, str]:
     try:
-        index = json.loads(untrusted.read_text(path), object_pairs_hook=_no_duplicates)
+        index = json.loads(read_text(path), object_pairs_hook=_no_duplicates)
         files = dict(index["weight_map"])
     except InputError:
         raise

@@ -1,0 +1,1 @@
+"""Run configs, one file each; the head of each shows its command."""

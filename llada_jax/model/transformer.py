@@ -1,0 +1,170 @@
+"""The Transformer: one block described once, scanned over the layers. It knows nothing of masks, losses or training.
+
+B batch, L length, D model width, N query heads, K key heads, H head size, F MLP width, V rows of the vocabulary.
+Weights have the published names and are stored (out, in), as in the published checkpoints.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
+
+from llada_jax.model.attention import attention
+from llada_jax.model.config import ModelConfig
+from llada_jax.parallel.mesh import BATCH, HIDDEN, platform, reshard, spec, use
+
+# What the backward pass of a layer finds instead of computing it again, by config.model.remat; of the layers' inputs
+# there is always a copy. Names: "input" of the layer, "qkv" after the rotation, "attention" with its log of sums,
+# "attn_out" and "mlp" (both wide matrices of it).
+_named = jax.checkpoint_policies.save_only_these_names
+_POLICIES = {
+    "full": None,
+    "attention": _named("attention"),
+    "projections": _named("attention", "qkv", "attn_out"),
+    "matmuls": _named("attention", "qkv", "attn_out", "mlp"),
+    # The attention output stays: it is named inside a shard_map, where JAX would compute it again instead of moving it.
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=["attention"], names_which_can_be_offloaded=["input", "qkv", "attn_out"],
+        offload_src="device", offload_dst="pinned_host",
+    ),
+}  # fmt: skip
+
+
+def _weight(key, shape: tuple[int, ...], axes: tuple, std) -> nnx.Param:
+    """Normal, cut at three standard deviations; float32; sharded by `axes`."""
+    unit = jax.random.truncated_normal(key, -3.0, 3.0, shape, out_sharding=spec(*axes))
+    return nnx.Param(unit * std)
+
+
+def _stds(c: ModelConfig, fan_in: int, depth=None):
+    """Standard deviation of a weight; `depth` (layer index from 1) for those that write to the residual stream.
+
+    mitchell (LLaDA): 1/√fan_in, residual writers also ÷ √(2·depth). normal (iLLaDA): init_std, residual writers
+    ÷ √(2·layers), embeddings 1/√(2·d_model).
+    """
+    if c.init == "mitchell":
+        return fan_in**-0.5 if depth is None else fan_in**-0.5 / jnp.sqrt(2.0 * depth)
+    return c.init_std if depth is None else c.init_std / (2 * c.n_layers) ** 0.5
+
+
+class Block(nnx.Module):
+    """One pre-norm layer: RMSNorm, rotary attention, residual; RMSNorm, SwiGLU, residual."""
+
+    def __init__(self, c: ModelConfig, key: jax.Array, depth):
+        D, N, K, H, F = c.d_model, c.n_heads, c.n_kv_heads, c.head_dim, c.mlp_hidden_size
+        keys = jax.random.split(key, 7)
+        self.config = c
+        self.attn_norm, self.ff_norm = nnx.Param(jnp.ones(D)), nnx.Param(jnp.ones(D))
+        self.q_proj = _weight(keys[0], (N, H, D), ("tensor", None, "fsdp"), _stds(c, D))
+        self.k_proj = _weight(keys[1], (K, H, D), ("tensor", None, "fsdp"), _stds(c, D))
+        self.v_proj = _weight(keys[2], (K, H, D), ("tensor", None, "fsdp"), _stds(c, D))
+        self.attn_out = _weight(keys[3], (D, N, H), ("fsdp", "tensor", None), _stds(c, D, depth))
+        self.ff_proj = _weight(keys[4], (F, D), ("tensor", "fsdp"), _stds(c, D))
+        self.up_proj = _weight(keys[5], (F, D), ("tensor", "fsdp"), _stds(c, D))
+        self.ff_out = _weight(keys[6], (D, F), ("fsdp", "tensor"), _stds(c, F, depth))
+
+    def __call__(self, x_BLD: jax.Array, segment_ids_BL: jax.Array | None) -> jax.Array:
+        c, dtype = self.config, self.config.dtype
+        heads = spec(BATCH, "tensor", "context", None)
+        h_BLD = rms_norm(x_BLD, use(self.attn_norm, x_BLD.dtype), c.rms_norm_eps).astype(dtype)
+        q, k, v = (
+            jnp.einsum("BLD,NHD->BNLH", h_BLD, use(w, dtype), out_sharding=heads)
+            for w in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q, k, v = (checkpoint_name(x, "qkv") for x in (rope(q, c.rope_theta), rope(k, c.rope_theta), v))
+        a_BNLH = attention(q, k, v, segment_ids_BL, c.causal, c.attention_kernel)
+        out = jnp.einsum("BNLH,DNH->BLD", a_BNLH, use(self.attn_out, dtype), out_sharding=_hidden())
+        x_BLD += checkpoint_name(out, "attn_out")
+        h_BLD = rms_norm(x_BLD, use(self.ff_norm, x_BLD.dtype), c.rms_norm_eps).astype(dtype)
+        wide = spec(BATCH, "context", "tensor")
+        gate_BLF, up_BLF = (
+            checkpoint_name(jnp.einsum("BLD,FD->BLF", h_BLD, use(w, dtype), out_sharding=wide), "mlp")
+            for w in (self.ff_proj, self.up_proj)
+        )
+        out = jnp.einsum("BLF,DF->BLD", jax.nn.silu(gate_BLF) * up_BLF, use(self.ff_out, dtype), out_sharding=_hidden())
+        return x_BLD + out
+
+
+class Transformer(nnx.Module):
+    """Token ids to logits. A pytree: jit, grad, vmap and optax take it as it is."""
+
+    def __init__(self, c: ModelConfig, key: jax.Array):
+        """Random float32 parameters, born sharded when run under `jax.jit` with a mesh set."""
+        keys = jax.random.split(key, 3)
+        self.config = c
+        rows = (c.embedding_size, c.d_model)
+        wte_std = _stds(c, c.d_model) if c.init == "mitchell" else (2 * c.d_model) ** -0.5
+        self.wte = _weight(keys[0], rows, ("tensor", "fsdp"), wte_std)
+        depths = jnp.arange(1, c.n_layers + 1, dtype=jnp.float32)
+        self.blocks = jax.vmap(lambda key, depth: Block(c, key, depth))(jax.random.split(keys[1], c.n_layers), depths)
+        self.ln_f = nnx.Param(jnp.ones(c.d_model))
+        self.ff_out = None if c.weight_tying else _weight(keys[2], rows, ("tensor", "fsdp"), _stds(c, c.d_model))
+
+    @property
+    def head(self) -> nnx.Param:
+        """The vocabulary matrix, [V, D]."""
+        return self.wte if self.ff_out is None else self.ff_out
+
+    def hidden(self, tokens_BL: jax.Array, segment_ids_BL: jax.Array | None = None) -> jax.Array:
+        """The normed last hidden states, [B, L, D] in the compute dtype."""
+        c = self.config
+        # As wide as float32 masters, the residual stream is what PyTorch's autocast computes; in bfloat16 it would be
+        # 1.5 times as far from float32 (tests/test_interop.py, autocast). But residual = "compute" takes 10% fewer
+        # cycles and 4.6 of 16 GiB less (8B compiled for 16 v5p, 4 rows of 4096 a chip).
+        wide = jnp.promote_types(self.wte.dtype, c.dtype)
+        # Each device looks up its columns for the rows of all, and the rows change places: moving those is far less
+        # than gathering the embedding, and its gradient needs no sum over fsdp. That gradient is summed as wide: half
+        # of all tokens are MASK.
+        looked_up = self.wte[...].astype(wide).at[reshard(tokens_BL, "data", "context")]
+        x_BLD = looked_up.get(out_sharding=spec("data", "context", "fsdp"))
+        x_BLD = reshard(x_BLD.astype(wide if c.residual == "parameters" else c.dtype), *HIDDEN)
+
+        def layer(x_BLD, block):
+            return block(checkpoint_name(x_BLD, "input"), segment_ids_BL), None
+
+        if c.remat != "none":
+            layer = jax.checkpoint(layer, prevent_cse=False, policy=_POLICIES[c.remat])
+        x_BLD, _ = jax.lax.scan(layer, x_BLD, self.blocks, unroll=_unroll(c))
+        return rms_norm(x_BLD, use(self.ln_f, x_BLD.dtype), c.rms_norm_eps).astype(c.dtype)
+
+    def __call__(self, tokens_BL: jax.Array, segment_ids_BL: jax.Array | None = None) -> jax.Array:
+        """Logits, [B, L, V] in the compute dtype, for int32 token ids [B, L].
+
+        segment_ids: int32 [B, L]; tokens see their own segment only, 0 is padding. None: all see all.
+        """
+        x_BLD = self.hidden(tokens_BL, segment_ids_BL)
+        logits = spec(BATCH, "context", "tensor")
+        return jnp.einsum("BLD,VD->BLV", x_BLD, use(self.head, x_BLD.dtype), out_sharding=logits)
+
+
+def parameter_count(c: ModelConfig) -> int:
+    """The number of parameters, without memory for them."""
+    shapes = jax.eval_shape(lambda key: Transformer(c, key), jax.random.key(0))
+    return sum(x.size for x in jax.tree.leaves(shapes))
+
+
+def _hidden() -> P | None:
+    return spec(*HIDDEN)
+
+
+def _unroll(c: ModelConfig) -> int:
+    """Layers a trip of the scan: XLA's CPU loops copy each layer's weights, so a CPU takes several at once."""
+    return min(c.n_layers, 8) if platform() == "cpu" else 1
+
+
+def rms_norm(x_BLD: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
+    """Root-mean-square norm: statistics in float32, cast back, then scaled (the published order)."""
+    x32 = x_BLD.astype(jnp.float32)
+    normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    return scale_D * normed.astype(x_BLD.dtype)
+
+
+def rope(x_BNLH: jax.Array, theta: float) -> jax.Array:
+    """Rotary position embedding, halves rotated, computed in float32; positions are 0..L-1."""
+    L, H = x_BNLH.shape[-2:]
+    frequency = 1.0 / theta ** (jnp.arange(0, H, 2, dtype=jnp.float32) / H)
+    angle_Lh = jnp.arange(L, dtype=jnp.float32)[:, None] * frequency
+    cos, sin = jnp.cos(angle_Lh), jnp.sin(angle_Lh)
+    a, b = jnp.split(x_BNLH.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BNLH.dtype)

@@ -1,0 +1,55 @@
+"""From text to text: prompts with masks in them, completions, replies to messages."""
+
+import re
+
+import jax
+import numpy as np
+
+from llada_jax.inputs import InputError
+from llada_jax.parallel.mesh import current_mesh
+from llada_jax.sampling.generate import generate
+
+_MASK = re.compile(r"\[MASK(?:\*(\d+))?\]")
+
+
+def encode_prompt(tokenizer, prompt: str) -> list[int]:
+    """BOS and the ids of a plain prompt; `[MASK]` stands for one masked token, `[MASK*5]` for five."""
+    ids, last = [tokenizer.bos_id], 0
+    for match in _MASK.finditer(prompt):
+        count = match.group(1) or "1"
+        if len(count) > 6:
+            raise InputError(f"{match.group()}: more masks than any model's context; write a smaller number")
+        ids += tokenizer.encode(prompt[last : match.start()]) + [tokenizer.mask_id] * int(count)
+        last = match.end()
+    return ids + tokenizer.encode(prompt[last:])
+
+
+def left_pad(rows: list[list[int]], pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of different lengths as int32 [B, P], and which of it is real, int32 [B, P]."""
+    width = max(map(len, rows))
+    tokens = np.full((len(rows), width), pad_id, np.int32)
+    real = np.zeros((len(rows), width), np.int32)
+    for i, row in enumerate(rows):
+        tokens[i, width - len(row) :], real[i, width - len(row) :] = row, 1
+    return tokens, real
+
+
+def reply_text(tokenizer, ids) -> str:
+    """The text of generated ids up to the first end of turn or of text."""
+    ids = [int(i) for i in ids]
+    for stop in (tokenizer.eot_id, tokenizer.eos_id):
+        if stop in ids:
+            ids = ids[: ids.index(stop)]
+    return tokenizer.decode(ids)
+
+
+def complete(model, tokenizer, prompt: str, *, gen_length: int = 32, key: jax.Array | None = None) -> str:
+    """A short greedy completion, for the logs of a run."""
+    ids = encode_prompt(tokenizer, prompt)
+    gen_length = min(gen_length, model.config.max_sequence_length - len(ids))
+    mesh = current_mesh()
+    gen_length -= (len(ids) + gen_length) % (1 if mesh is None else mesh.shape["context"])  # it splits the columns
+    if gen_length < 1:
+        raise InputError(f"config.train.sample_prompt: its {len(ids)} tokens leave no room in the model's context")
+    out = generate(model, np.asarray([ids]), gen_length=gen_length, steps=gen_length, block_length=gen_length, key=key)
+    return tokenizer.decode(np.asarray(out)[0, 1:])

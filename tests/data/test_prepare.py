@@ -1,0 +1,229 @@
+"""A preparation is complete or absent, and the same whatever the number of processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llada_jax.data import prepare
+from llada_jax.data.packing import pack_documents
+from llada_jax.data.pipeline import open_dataset
+from llada_jax.data.prepare import prepare_dataset
+from llada_jax.data.shards import atomic_directory
+from llada_jax.data.tokenizer import load_tokenizer
+from llada_jax.inputs import InputError
+
+ROOT = Path(__file__).parents[2]
+TOKENIZER = load_tokenizer(Path(__file__).parents[1] / "golden" / "tokenizer")
+TEXTS = [f"Document {i}: " + "the quick brown fox, 春风! " * (i % 7) for i in range(60)]
+DIALOGUES = [
+    [
+        {"role": "user", "content": f"question {i}"},
+        {"role": "assistant", "content": "yes " * (i + 1)},
+    ]
+    for i in range(12)
+]
+
+
+def run(output, **options):
+    defaults = {"texts": TEXTS, "row_length": 32, "workers": 1, "progress": False}
+    return prepare_dataset(output, tokenizer=TOKENIZER, **defaults | options)
+
+
+def read(path):
+    source = open_dataset(path)
+    return [source[i] for i in range(len(source))]
+
+
+@pytest.mark.parametrize("packing", ["concatenate", "document"])
+@pytest.mark.parametrize("rows_per_shard", [None, 9])
+def test_rows_on_disk_are_the_packed_documents(tmp_path, packing, rows_per_shard):
+    manifest = run(tmp_path / "d", packing=packing, rows_per_shard=rows_per_shard)
+    ids = (TOKENIZER.bos_id, TOKENIZER.eos_id, TOKENIZER.pad_id)
+    expected = list(pack_documents(map(TOKENIZER.encode, TEXTS), 32, packing, *ids))
+    written = read(tmp_path / "d")
+    assert len(written) == len(expected) == manifest["rows"]
+    for row, (tokens, segments) in zip(written, expected, strict=True):
+        assert (row["tokens"] == tokens).all() and (row["segment_ids"] == segments).all()
+        assert row["length"] == (segments > 0).sum() and row["prompt_length"] == 0
+    assert manifest["tokens"] == sum(row["length"] for row in written)
+    assert manifest["bytes"] == sum(len(text.encode()) for text in TEXTS)
+    assert manifest["documents"] == len(TEXTS)
+    assert len(manifest["shards"]) == (1 if rows_per_shard is None else -(-len(written) // 9))
+    assert load_tokenizer(tmp_path / "d").fingerprint == manifest["tokenizer"]["fingerprint"]
+
+
+@pytest.mark.parametrize("kind", ["text", "chat"])
+def test_rows_do_not_depend_on_the_number_of_processes(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(prepare, "_CHUNK_BYTES", 10)
+    contents = {"texts": TEXTS} if kind == "text" else {"texts": None, "dialogues": DIALOGUES}
+    options = {"kind": kind, "row_length": 128, "validation_fraction": 0.3, **contents}
+    run(tmp_path / "one", **options)
+    run(tmp_path / "two", workers=2, **options)
+    for part in ("manifest.json", "lengths.npy", "validation/manifest.json"):
+        assert (tmp_path / "one" / part).read_bytes() == (tmp_path / "two" / part).read_bytes()
+
+
+def test_chat_rows(tmp_path):
+    manifest = run(tmp_path / "d", kind="chat", texts=None, dialogues=DIALOGUES, row_length=128)
+    assert manifest["rows"] == len(DIALOGUES)
+    for row, messages in zip(read(tmp_path / "d"), DIALOGUES, strict=True):
+        prompt = TOKENIZER.encode_chat(messages[:1])
+        real = prompt + TOKENIZER.encode_answer(messages[1]["content"])
+        assert (row["prompt_length"], row["length"]) == (len(prompt), len(real))
+        assert row["tokens"].tolist() == real + [TOKENIZER.pad_id] * (128 - len(real))
+        assert row["segment_ids"].tolist() == [1] * len(real) + [0] * (128 - len(real))
+
+
+def test_overlong_dialogues_are_named_or_dropped(tmp_path):
+    lines = [json.dumps({"messages": messages}) for messages in DIALOGUES]
+    (tmp_path / "x.jsonl").write_text("\n".join(lines))
+    options = {"kind": "chat", "texts": None, "files": str(tmp_path / "x.jsonl"), "row_length": 48}
+    with pytest.raises(InputError, match=r"x.jsonl:\d+: .* row_length is 48.*--overlong=drop"):
+        run(tmp_path / "d", **options)
+    manifest = run(tmp_path / "d", overlong="drop", **options)
+    assert 0 < manifest["dropped"] and manifest["dropped"] + manifest["rows"] == len(DIALOGUES)
+
+
+def test_validation_takes_its_share_and_nothing_is_lost(tmp_path):
+    texts = [f"text {i}" for i in range(400)]
+    manifest = run(tmp_path / "d", texts=texts, packing="document", validation_fraction=0.1)
+
+    def decoded(path):
+        return {TOKENIZER.decode(row["tokens"]) for row in read(path)}
+
+    train, validation = decoded(tmp_path / "d"), decoded(tmp_path / "d" / "validation")
+    assert not train & validation and train | validation == set(texts)
+    assert len(validation) == pytest.approx(40, abs=20)
+    assert manifest["documents"] == len(train)
+    run(tmp_path / "longer", texts=[*texts, "one more"], packing="document", validation_fraction=0.1)
+    assert decoded(tmp_path / "longer" / "validation") - {"one more"} == validation
+
+
+def test_the_same_preparation_is_reused_and_another_refused(tmp_path):
+    (tmp_path / "x.txt").write_text("hello " * 50)
+    options = {"texts": None, "files": str(tmp_path / "x.txt")}
+    first = run(tmp_path / "d", **options)
+    written = (tmp_path / "d" / "manifest.json").stat().st_mtime_ns
+    assert run(tmp_path / "d", workers=2, **options) == first
+    assert (tmp_path / "d" / "manifest.json").stat().st_mtime_ns == written
+    with pytest.raises(InputError, match="another preparation"):
+        run(tmp_path / "d", **options, row_length=16)
+    (tmp_path / "x.txt").write_text("other " * 50)
+    with pytest.raises(InputError, match="x.txt: changed since .*d was prepared"):
+        run(tmp_path / "d", **options)
+    with pytest.raises(InputError, match="no prepared dataset"):
+        run(tmp_path, **options)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_failure_in_the_middle_leaves_nothing(tmp_path, monkeypatch, error, workers):
+    monkeypatch.setattr(prepare, "_CHUNK_BYTES", 10)
+
+    def texts():
+        yield from TEXTS
+        raise error
+
+    with pytest.raises(error):
+        run(tmp_path / "d", texts=texts(), workers=workers, rows_per_shard=5)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_malformed_input_leaves_nothing_and_is_named(tmp_path):
+    (tmp_path / "x.jsonl").write_text('{"text": "' + "a" * 5000 + '"}\n{"text": 1}\n')
+    with pytest.raises(InputError, match="x.jsonl:2"):
+        run(tmp_path / "d", texts=None, files=str(tmp_path / "x.jsonl"))
+    assert [path.name for path in tmp_path.iterdir()] == ["x.jsonl"]
+
+
+def test_a_full_disk_names_the_output(tmp_path):
+    with (
+        pytest.raises(InputError, match="d: no space left"),
+        atomic_directory(tmp_path / "d") as path,
+    ):
+        (path / "half").touch()
+        raise RuntimeError("write() failed: No space left on device; writing rows")  # as ArrayRecord
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"row_length": 1}, "row_length is 1"),
+        ({"row_length": 0}, "row_length is 0"),
+        ({"packing": "x"}, "packing is 'x'"),
+        ({"documents": "x"}, "documents is 'x'"),
+        ({"kind": "x"}, "kind is 'x'"),
+        ({"kind": "chat"}, "kind 'chat' takes one of files or dialogues, got texts"),
+        ({"files": "a"}, "got files and texts"),
+        ({"validation_fraction": 1.0}, "validation_fraction is 1.0"),
+        ({"texts": ["only one"], "validation_fraction": 0.5}, "of 1 documents has no rows"),
+        ({"texts": []}, "no text"),
+    ],
+)
+def test_mistakes_are_named(tmp_path, options, words):
+    with pytest.raises(InputError, match=words):
+        run(tmp_path / "d", **options)
+    assert not list(tmp_path.iterdir())
+
+
+def start_tool(tmp_path, count):
+    """The command line on `count` MB of text, in 2 processes."""
+    (tmp_path / "x.jsonl").write_text((json.dumps({"text": "春风 fox " * 90}) + "\n") * 1000 * count)
+    flags = {"files": "x.jsonl", "output": "d", "row_length": 64, "workers": 2}
+    flags["tokenizer"] = TOKENIZER.path
+    command = [sys.executable, ROOT / "tools" / "prepare_data.py"]
+    command += [f"--{name}={value}" for name, value in flags.items()]
+    return subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize("kill", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_a_killed_command_leaves_no_dataset(tmp_path, kill):
+    process = start_tool(tmp_path, 30)
+    deadline = time.monotonic() + 20
+    while not list(tmp_path.glob(".d.partial-*/*")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(kill)
+    _, stderr = process.communicate(timeout=20)
+    assert process.returncode != 0 and "Traceback" not in stderr
+    assert not (tmp_path / "d").exists()
+    if kill == signal.SIGKILL:  # cannot clean up, so the next preparation does
+        assert list(tmp_path.glob(".d.partial-*"))
+        run(tmp_path / "d")
+        assert (tmp_path / "d").exists()
+    assert not list(tmp_path.glob(".d.partial-*"))
+
+
+def test_the_command_says_mistakes_in_one_line(tmp_path):
+    (tmp_path / "x.jsonl").write_text("{\n")
+    command = [sys.executable, ROOT / "tools" / "prepare_data.py", "--files=x.jsonl", "--output=d"]
+    command.append(f"--tokenizer={TOKENIZER.path}")
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1 and "x.jsonl:1: not JSON" in done.stderr
+    assert sorted(os.listdir(tmp_path)) == ["x.jsonl"]
+
+
+def test_commands_make_what_training_reads(tmp_path):
+    (tmp_path / "x.txt").write_text("\n\n".join(TEXTS), encoding="utf-8")
+    for tool, flags in [
+        ("train_tokenizer.py", ["--files=*.txt", "--output=t.model", "--vocab_size=400"]),
+        (
+            "prepare_data.py",
+            ["--files=*.txt", "--output=d", "--tokenizer=t.model", "--row_length=16"]
+            + ["--documents=paragraph", "--validation_fraction=0.2"],
+        ),
+    ]:
+        command = [sys.executable, ROOT / "tools" / tool, *flags]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    source = open_dataset(tmp_path / "d")
+    assert source.manifest["documents"] > 30 and source[0]["tokens"].shape == (16,)
+    assert np.load(tmp_path / "d" / "validation" / "lengths.npy").dtype == np.int32

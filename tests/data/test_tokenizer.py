@@ -1,0 +1,161 @@
+"""Text survives the tokenizer, and dialogues come out as LLaDA's template renders them."""
+
+import json
+import pickle
+import random
+from pathlib import Path
+
+import pytest
+
+from llada_jax.data import tokenizer as tokenizer_module
+from llada_jax.data.tokenizer import LLADA_CHAT_TEMPLATE, load_tokenizer, train_tokenizer
+from llada_jax.inputs import InputError
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+CHAT = json.loads((GOLDEN / "chat.json").read_text(encoding="utf-8"))
+TEXTS = [
+    "春风得意马蹄疾，一日看尽长安花。",
+    "The quick  brown fox\n\n    jumps over\tthe lazy dog. ",
+    "def f(x):\n        return x + 1\r\n",
+]
+HARD = [
+    "",
+    " ",
+    "\n\n",
+    "  lead and trail  ",
+    "😀👨‍👩‍👧 é e\u0301",
+    "▁▁ a▁b ▁",
+    "\0\x01",
+    "\ufeff\u3000x\u2028y",
+]
+
+
+def train(path, model_type="bpe", vocab_size=400):
+    return train_tokenizer(TEXTS * 20, path / "t.model", vocab_size, model_type)
+
+
+@pytest.mark.parametrize("model_type", ["bpe", "unigram", "char"])
+@pytest.mark.parametrize("vocab_size", [270, 5000])  # fewer than the characters; more than the text has
+def test_any_text_comes_back(tmp_path, model_type, vocab_size):
+    tokenizer = train(tmp_path, model_type, vocab_size)
+    assert tokenizer.vocab_size <= vocab_size
+    for text in [*TEXTS, *HARD, "<|eot_id|><|mdm_mask|>", "unseen: Ωж漢"]:
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text
+        assert all(0 <= id < tokenizer.vocab_size for id in ids)
+
+
+def test_hugging_face_text_comes_back():
+    tokenizer = load_tokenizer(GOLDEN / "tokenizer")
+    for text in [*TEXTS, *HARD]:
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@pytest.mark.parametrize("case", CHAT["cases"][::2], ids=lambda case: case["name"])
+def test_chat_ids_equal_the_published_template(case):
+    tokenizer = load_tokenizer(GOLDEN / "tokenizer" / "tokenizer.json")
+    ids = tokenizer.encode_chat(case["messages"])
+    assert ids == case["tiny_ids"]
+    assert tokenizer.decode(ids, keep_special=True) == case["text"]
+
+
+@pytest.mark.parametrize("case", CHAT["cases"][::2], ids=lambda case: case["name"])
+def test_chat_of_sentencepiece_spells_the_published_template(tmp_path, case):
+    tokenizer = train(tmp_path)
+    ids = tokenizer.encode_chat(case["messages"])
+    assert tokenizer.decode(ids, keep_special=True) == case["text"]
+
+
+def test_default_template_is_the_published_one():
+    assert LLADA_CHAT_TEMPLATE == CHAT["chat_template"]
+    assert load_tokenizer(GOLDEN / "tokenizer").chat_template == CHAT["chat_template"]
+
+
+def test_special_ids_of_the_golden_tokenizer():
+    tokenizer, ids = load_tokenizer(GOLDEN / "tokenizer"), CHAT["tiny_token_ids"]
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (496, 497, 497)
+    assert (tokenizer.mask_id, tokenizer.eot_id) == (ids["<|mdm_mask|>"], ids["<|eot_id|>"])
+    assert tokenizer.vocab_size == 512
+
+
+def test_user_text_cannot_spell_special_tokens(tmp_path):
+    tokenizer = train(tmp_path)
+    attack = "<|eot_id|><|mdm_mask|><|endoftext|><|startoftext|><|start_header_id|>"
+    special = {tokenizer.bos_id, tokenizer.eos_id, tokenizer.mask_id, tokenizer.eot_id, 4, 5}
+    assert not special.intersection(tokenizer.encode(attack))
+    plain = tokenizer.encode_chat([{"role": "user", "content": "hi"}])
+    attacked = tokenizer.encode_chat([{"role": "user", "content": attack}])
+    assert [id for id in attacked if id in special] == [id for id in plain if id in special]
+
+
+@pytest.mark.parametrize("kind", ["model", "json"])
+def test_an_answer_is_what_the_template_puts_there(tmp_path, kind):
+    tokenizer = load_tokenizer(GOLDEN / "tokenizer") if kind == "json" else train(tmp_path)
+    question = {"role": "user", "content": "one"}
+    longer = tokenizer.encode_chat([question, {"role": "assistant", "content": " two "}])
+    own = tokenizer.encode_chat([question]) + tokenizer.encode_answer(" two ")
+    assert longer[: len(own)] == own and own[-1] == tokenizer.eot_id
+
+
+@pytest.mark.parametrize("kind", ["model", "json"])
+def test_saved_and_pickled_tokenizers_are_the_same(tmp_path, kind):
+    tokenizer = load_tokenizer(GOLDEN / "tokenizer") if kind == "json" else train(tmp_path)
+    tokenizer.save(tmp_path / "copy")
+    messages = [{"role": "user", "content": "a\n\nb"}]
+    for other in (load_tokenizer(tmp_path / "copy"), pickle.loads(pickle.dumps(tokenizer))):
+        assert other.fingerprint == tokenizer.fingerprint
+        assert other.encode_chat(messages) == tokenizer.encode_chat(messages)
+
+
+def test_pieces_are_printable(tmp_path):
+    for tokenizer in (load_tokenizer(GOLDEN / "tokenizer"), train(tmp_path)):
+        assert tokenizer.piece(tokenizer.mask_id) == "▒"
+        pieces = [tokenizer.piece(id) for id in range(tokenizer.vocab_size)]
+        assert all(pieces) and not any("\n" in piece for piece in pieces)
+        assert tokenizer.piece(tokenizer.vocab_size + 7) == "\ufffd"
+
+
+@pytest.mark.parametrize("model_type", ["bpe", "unigram"])
+def test_training_is_deterministic(tmp_path, model_type):
+    files = [tmp_path / name / "t.model" for name in ("a", "b")]
+    fingerprints = {train(file.parent, model_type, 330).fingerprint for file in files}
+    assert len(fingerprints) == 1
+    assert [path.name for path in files[0].parent.iterdir()] == ["t.model"]  # nothing else is left
+
+
+def test_large_texts_are_sampled_within_bounds(monkeypatch):
+    monkeypatch.setattr(tokenizer_module, "_TRAINING_BYTES", 1000)
+    random.seed(1)  # the sample must not depend on it
+    lines = tokenizer_module._sample_lines(f"line {i}" for i in range(5000))
+    assert len(lines) < 200 and len(set(lines)) == len(lines)
+    assert sum(int(line.split()[1]) > 2500 for line in lines) > len(lines) / 4
+    assert lines == tokenizer_module._sample_lines(f"line {i}" for i in range(5000))
+
+
+def test_mistakes_name_file_and_remedy(tmp_path):
+    (tmp_path / "bad.model").write_text("junk")
+    (tmp_path / "tokenizer.json").write_text("{")
+    (tmp_path / "empty").mkdir()
+    for path, words in [
+        ("gone", "no such tokenizer"),
+        ("bad.model", "not a readable tokenizer"),
+        ("tokenizer.json", "not a readable tokenizer"),
+        ("empty", "no tokenizer.json"),
+    ]:
+        with pytest.raises(InputError, match=words) as caught:
+            load_tokenizer(tmp_path / path)
+        assert path in str(caught.value) and "\n" not in str(caught.value)
+    for arguments, words in [((100,), "vocab_size"), ((400, "wordpiece"), "model_type")]:
+        with pytest.raises(InputError, match=words):
+            train_tokenizer(TEXTS, tmp_path / "t.model", *arguments)
+    with pytest.raises(InputError, match="no text"):
+        train_tokenizer([" \n"], tmp_path / "t.model", 400)
+    assert not (tmp_path / "t.model").exists()
+
+
+def test_a_missing_mask_is_refused_unless_its_id_is_given(tmp_path):
+    text = (GOLDEN / "tokenizer" / "tokenizer.json").read_text(encoding="utf-8")
+    (tmp_path / "tokenizer.json").write_text(text.replace("<|mdm_mask|>", "<|other|>"))
+    with pytest.raises(InputError, match="mask_token"):
+        load_tokenizer(tmp_path)
+    assert load_tokenizer(tmp_path, mask_id=5).mask_id == 5

@@ -1,0 +1,127 @@
+"""Shapes and laws of the Transformer."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llada_jax.inputs import InputError
+from llada_jax.model.config import PRESETS, REMAT
+from llada_jax.model.transformer import Transformer, parameter_count, rms_norm, rope
+
+WEIGHTS = "attn_norm ff_norm q_proj k_proj v_proj attn_out ff_proj up_proj ff_out".split()
+
+
+def test_published_parameter_counts():
+    counts = {name: parameter_count(PRESETS[name]) for name in PRESETS}
+    assert counts["llada_8b"] == 8_015_581_184
+    assert counts["llada_8b"] - 2 * 126464 * 4096 == 6_979_588_096
+    assert round(counts["llada_1b"] / 1e9, 2) == round(counts["arm_1b"] / 1e9, 2) == 1.49
+    assert round(counts["arm_7b"] / 1e9, 2) == 6.83
+    assert round(counts["illada_8b"] / 1e9, 2) == 7.62
+
+
+@pytest.mark.parametrize("heads, kv_heads, tied", [(4, 4, False), (4, 1, True)])
+def test_forward_against_float64_numpy(tiny, rng, heads, kv_heads, tied):
+    c = dataclasses.replace(tiny, n_heads=heads, n_kv_heads=kv_heads, weight_tying=tied)
+    model = Transformer(c, jax.random.key(1))
+    tokens = rng.integers(0, 64, (2, 9))
+    segments = np.array([[1, 1, 1, 1, 2, 2, 2, 0, 0], [1] * 9])
+    logits = np.asarray(model(jnp.asarray(tokens), jnp.asarray(segments)))
+    np.testing.assert_allclose(logits, numpy_forward(model, tokens, segments), rtol=2e-4, atol=2e-5)
+
+
+def numpy_forward(model, tokens, segments):
+    c = model.config
+    get = lambda param: np.asarray(param[...], np.float64)
+    norm = lambda x, w: w * x / np.sqrt((x**2).mean(-1, keepdims=True) + c.rms_norm_eps)
+    x = get(model.wte)[tokens]
+    half = c.head_dim // 2
+    angle = np.arange(tokens.shape[1])[:, None] / c.rope_theta ** (np.arange(half) / half)
+
+    def rotate(q):
+        a, b = q[..., :half], q[..., half:]
+        return np.concatenate([a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)], -1)
+
+    query, key = segments[:, None, :, None], segments[:, None, None, :]
+    visible = ((query == key) | (query == 0)) & (key > 0)
+    for i in range(c.n_layers):
+        w = {name: get(getattr(model.blocks, name))[i] for name in WEIGHTS}
+        h = norm(x, w["attn_norm"])
+        q, k, v = (np.einsum("bld,nhd->bnlh", h, w[name]) for name in ("q_proj", "k_proj", "v_proj"))
+        k, v = (np.repeat(y, c.n_heads // c.n_kv_heads, axis=1) for y in (rotate(k), v))
+        scores = np.where(visible, np.einsum("bnlh,bnsh->bnls", rotate(q), k) / np.sqrt(c.head_dim), -1e30)
+        p = np.exp(scores - scores.max(-1, keepdims=True))
+        a = np.einsum("bnls,bnsh->bnlh", p / p.sum(-1, keepdims=True), v)
+        x = x + np.einsum("bnlh,dnh->bld", a, w["attn_out"])
+        h = norm(x, w["ff_norm"])
+        gate = h @ w["ff_proj"].T
+        x = x + (gate / (1 + np.exp(-gate)) * (h @ w["up_proj"].T)) @ w["ff_out"].T
+    return norm(x, get(model.ln_f)) @ get(model.head).T
+
+
+@pytest.mark.parametrize("init", ["mitchell", "normal"])
+def test_initial_standard_deviations(tiny, init):
+    c = dataclasses.replace(tiny, d_model=256, mlp_hidden_size=512, n_heads=4, n_kv_heads=4, n_layers=3, init=init)
+    model = Transformer(c, jax.random.key(0))
+    std = lambda w: float(np.std(np.asarray(w)) / 0.9866)  # normal, cut at three standard deviations
+    depth = np.arange(1, 4)
+    wanted = {
+        "mitchell": (1 / 16, 1 / 16, 1 / 16 / np.sqrt(2 * depth), 512**-0.5 / np.sqrt(2 * depth)),
+        "normal": (512**-0.5, 0.02, 0.02 / np.sqrt([6, 6, 6]), 0.02 / np.sqrt([6, 6, 6])),
+    }[init]
+    assert std(model.wte[...]) == pytest.approx(wanted[0], rel=0.02)
+    assert std(model.blocks.up_proj[...]) == pytest.approx(wanted[1], rel=0.02)
+    for i in range(3):
+        assert std(model.blocks.attn_out[i]) == pytest.approx(wanted[2][i], rel=0.02)
+        assert std(model.blocks.ff_out[i]) == pytest.approx(wanted[3][i], rel=0.02)
+
+
+@pytest.mark.parametrize("remat", REMAT[1:])
+def test_rematerialisation_changes_no_gradient(tiny, remat):
+    tokens = jnp.arange(24).reshape(2, 12)
+    loss = lambda model: jnp.mean(model(tokens) ** 2)
+    plain = Transformer(tiny, jax.random.key(0))
+    saved = Transformer(dataclasses.replace(tiny, remat=remat), jax.random.key(0))
+    for a, b in zip(jax.tree.leaves(jax.grad(loss)(plain)), jax.tree.leaves(jax.grad(loss)(saved)), strict=True):
+        np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("residual", ["parameters", "compute"])
+def test_computing_in_bfloat16_stays_near_float32(tiny, residual):
+    tokens = jnp.arange(24).reshape(2, 12)
+    exact = Transformer(tiny, jax.random.key(0))(tokens)
+    rough = Transformer(dataclasses.replace(tiny, dtype="bfloat16", residual=residual), jax.random.key(0))(tokens)
+    assert rough.dtype == jnp.bfloat16
+    difference = np.abs(np.asarray(exact) - np.asarray(rough, np.float32)).mean()
+    assert 0 < difference < 0.05 * np.abs(np.asarray(exact)).mean()
+
+
+def test_rope_is_relative(rng):
+    x = jnp.asarray(rng.normal(size=(1, 1, 8, 16)), jnp.float32)
+    score = lambda a, b: np.einsum("bnlh,bnsh->bnls", rope(a, 1e4), rope(b, 1e4))[0, 0]
+    shifted = jnp.concatenate([jnp.zeros((1, 1, 5, 16)), x], axis=2)
+    np.testing.assert_allclose(score(x, x), score(shifted, shifted)[5:, 5:], rtol=1e-4, atol=1e-4)
+
+
+def test_rms_norm_has_unit_mean_square(rng):
+    out = np.asarray(rms_norm(jnp.asarray(rng.normal(size=(3, 5, 64)) * 7, jnp.float32), jnp.ones(64), 0.0))
+    np.testing.assert_allclose((out**2).mean(-1), 1.0, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(n_heads=5), "d_model 32 is not a multiple of n_heads 5"),
+        (dict(n_kv_heads=3), "n_heads 4 is not a multiple of n_kv_heads 3"),
+        (dict(embedding_size=10), "vocab_size 64 exceeds embedding_size 10"),
+        (dict(mask_token_id=64), "mask_token_id 64 is outside"),
+        (dict(dtype="float8"), "dtype 'float8'"),
+        (dict(n_layers=0), "n_layers is 0"),
+    ],
+)
+def test_impossible_shapes_are_named(tiny, change, message):
+    with pytest.raises(InputError, match=message):
+        dataclasses.replace(tiny, **change)

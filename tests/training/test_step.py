@@ -1,0 +1,109 @@
+"""One step is the same step on every mesh and for every number of microbatches."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from llada_jax.config import run_config
+from llada_jax.inputs import InputError
+from llada_jax.objectives.elbo import Batch, objective_named, pretrain
+from llada_jax.parallel.mesh import make_mesh, place_rows
+from llada_jax.training import optimizer
+from llada_jax.training.step import init_state, make_train_step
+
+OBJECTIVE = ConfigDict(dict(eps=1e-3, stratified=True, attention="documents"))
+
+
+def run(tiny, rng, *, sizes=None, microbatches=1, objective="pretrain", steps=3):
+    tokens = rng.integers(7, 60, (16, 32)).astype(np.int32)
+    segments = np.ones_like(tokens)
+    segments[:, 20:], segments[::3, 25:] = 2, 0
+    fields = tokens, segments, (segments > 0) & (np.arange(32) > 2), (segments > 0).sum(1).astype(np.int32)
+    config = run_config("tiny").optimizer
+    config.schedule = (("constant", 1e-2, "100%"),)
+    update = optimizer.make_optimizer(config, total_steps=10, tokens_per_step=1)
+    step_fn = make_train_step(update, objective_named(objective), OBJECTIVE, microbatches=microbatches)
+    mesh = make_mesh(sizes or dict(data=1, fsdp=1, tensor=1, context=1), None if sizes else jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        init = jax.jit(init_state, static_argnums=(0, 1))
+        state = init(tiny, update, jax.random.key(0))
+        batch = Batch(*(place_rows(x, mesh) for x in fields))
+        history = []
+        for _ in range(steps):
+            state, metrics = step_fn(state, batch, jax.random.key(1))
+            history.append(metrics)
+    return state, [jax.tree.map(np.asarray, m) for m in history]
+
+
+def assert_same(one, other):
+    for a, b in zip(one, other, strict=True):
+        for name in a:
+            np.testing.assert_allclose(a[name], b[name], rtol=2e-5, atol=1e-6, err_msg=name)
+
+
+@functools.cache
+def alone(tiny, objective):
+    return run(tiny, np.random.default_rng(0), objective=objective)[1]
+
+
+@pytest.mark.parametrize(
+    "objective, sizes, microbatches",
+    [
+        ("pretrain", None, 4),
+        ("pretrain", dict(data=1, fsdp=-1, tensor=1, context=1), 2),
+        ("pretrain", dict(data=2, fsdp=2, tensor=2, context=1), 1),
+        ("sft", dict(data=1, fsdp=2, tensor=2, context=2), 2),
+        ("autoregressive", dict(data=2, fsdp=1, tensor=2, context=2), 1),
+    ],
+)
+def test_mesh_and_accumulation_change_nothing(tiny, objective, sizes, microbatches):
+    tiny = dataclasses.replace(tiny, causal=objective == "autoregressive")
+    _, other = run(tiny, np.random.default_rng(0), objective=objective, sizes=sizes, microbatches=microbatches)
+    assert_same(alone(tiny, objective), other)
+
+
+def test_state_is_born_sharded(tiny):
+    state, _ = run(tiny, np.random.default_rng(0), sizes=dict(data=1, fsdp=4, tensor=2, context=1), steps=1)
+    matrices = [x for x in jax.tree.leaves((state.model, state.opt_state)) if x.ndim > 2]
+    assert len(matrices) == 3 * 7
+    for x in matrices:
+        assert x.addressable_shards[0].data.size == x.size // 8, x.sharding
+
+
+def test_each_step_draws_new_masks(tiny):
+    _, history = run(tiny, np.random.default_rng(0))
+    assert len({float(m["ce_count"].sum()) for m in history}) == 3
+
+
+def test_it_learns(tiny):
+    tiny = dataclasses.replace(tiny, causal=True)
+    _, history = run(tiny, np.random.default_rng(0), steps=40, objective="autoregressive")
+    assert history[-1]["loss"] < 0.5 * history[0]["loss"]
+
+
+@pytest.mark.parametrize(
+    "sizes, message",
+    [
+        (dict(data=3, fsdp=1, tensor=1, context=1), "data=3 fsdp=1 tensor=1 context=1 does not fit 8 devices"),
+        (dict(data=-1, fsdp=-1, tensor=1, context=1), "at most one may be -1"),
+        (dict(data=1, fsdp=-1, tensor=3, context=1), "does not fit 8 devices"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_refused(sizes, message):
+    with pytest.raises(InputError, match=message):
+        make_mesh(sizes)
+
+
+def test_donated_state_is_not_kept(tiny):
+    update = optimizer.make_optimizer(run_config("tiny").optimizer, total_steps=10, tokens_per_step=1)
+    state = jax.jit(init_state, static_argnums=(0, 1))(tiny, update, jax.random.key(0))
+    ones = jnp.ones((2, 8), jnp.int32)
+    batch = Batch(ones * 9, ones, ones > 0, ones[:, 0] * 8)
+    step_fn = make_train_step(update, pretrain, OBJECTIVE)
+    step_fn(state, batch, jax.random.key(0))
+    assert state.model.wte[...].is_deleted()

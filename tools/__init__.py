@@ -1,0 +1,1 @@
+"""Command-line tools; `python -m llada_jax.tools.NAME` where the package is installed."""
