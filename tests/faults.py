@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llada_jax import train
 from llada_jax.streams import stream
+from llada_jax.training import run as train
 
 
 @contextlib.contextmanager

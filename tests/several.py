@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from llada_jax import cli, sample, train
+from llada_jax import cli, sample
 from llada_jax.data import pipeline
 from llada_jax.data.tokenizer import load_tokenizer
 from llada_jax.evaluation import likelihood, reversal
@@ -28,6 +28,7 @@ from llada_jax.objectives.elbo import objective_named
 from llada_jax.parallel import processes
 from llada_jax.parallel.mesh import AXES, make_mesh, place_rows, rows_of_process
 from llada_jax.training import checkpoint
+from llada_jax.training import run as train
 
 
 def main(_argv):

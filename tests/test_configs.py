@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from llada_jax import train
 from llada_jax.config import differences, run_config
 from llada_jax.inputs import InputError
 from llada_jax.model.config import model_config
 from llada_jax.objectives.elbo import objective_named
 from llada_jax.tools.ahead.chips import parse_topology
 from llada_jax.training import optimizer
+from llada_jax.training import run as train
 
 CONFIGS = sorted((Path(__file__).resolve().parents[1] / "configs").glob("[a-z]*.py"))
 

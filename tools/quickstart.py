@@ -24,8 +24,8 @@ from llada_jax.model.transformer import parameter_count
 from llada_jax.sampling import prompts
 from llada_jax.sampling.generate import sample
 from llada_jax.tools import report
-from llada_jax.train import train
 from llada_jax.training import checkpoint
+from llada_jax.training.run import train
 
 # The first phrasing of each direction is the one that is asked; all are taught.
 FORWARD = ("{}的下一句是什么？", "请接下一句：{}", "{}，下一句是？")

@@ -16,11 +16,11 @@ import pytest
 import several
 from ml_collections import ConfigDict
 
-from llada_jax import train
 from llada_jax.data import sources
 from llada_jax.inputs import InputError
 from llada_jax.parallel import processes
 from llada_jax.parallel.mesh import _across_slices
+from llada_jax.training import run as train
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT = 300  # seconds, for a machine that is busy with other things

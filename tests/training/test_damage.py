@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llada_jax import train
 from llada_jax.data import pipeline
 from llada_jax.data.pipeline import DamagedRow, batches, open_dataset, ordered
 from llada_jax.data.prepare import prepare_dataset
 from llada_jax.data.tokenizer import load_tokenizer
 from llada_jax.inputs import InputError
+from llada_jax.training import run as train
 
 TOKENIZER = load_tokenizer(Path(__file__).parents[1] / "golden" / "tokenizer")
 TEXTS = [f"text {i} " + "a quick fox " * (i % 4) for i in range(60)]

@@ -15,13 +15,14 @@ import jax
 import numpy as np
 import pytest
 
-from llada_jax import cli, train
+from llada_jax import cli
 from llada_jax.data import sources
 from llada_jax.inputs import InputError
 from llada_jax.parallel.mesh import make_mesh
 from llada_jax.tools import kill_test
 from llada_jax.tools.digest import digest
 from llada_jax.training import checkpoint, preemption, writer
+from llada_jax.training import run as train
 from llada_jax.training.checksums import NAME, write_checksums
 from llada_jax.training.step import init_state
 

@@ -11,13 +11,13 @@ import pytest
 from faults import nan_batches
 from ml_collections import ConfigDict
 
-from llada_jax import train
 from llada_jax.config import run_config
 from llada_jax.data import pipeline
 from llada_jax.inputs import InputError
 from llada_jax.objectives.elbo import Batch, pretrain
 from llada_jax.parallel.mesh import make_mesh, place_rows
 from llada_jax.training import checkpoint, optimizer, stability
+from llada_jax.training import run as train
 from llada_jax.training.metrics import Reporter
 from llada_jax.training.step import init_state, make_train_step
 

@@ -13,13 +13,14 @@ from absl import flags
 from absl.testing import flagsaver
 from reference import REFERENCE
 
-from llada_jax import sample, train
+from llada_jax import sample
 from llada_jax.data import sources
 from llada_jax.data.tokenizer import load_tokenizer
 from llada_jax.inputs import InputError
 from llada_jax.interop import hf
 from llada_jax.parallel.mesh import make_mesh
 from llada_jax.training import checkpoint, loop
+from llada_jax.training import run as train
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -7,10 +7,10 @@ import time
 import numpy as np
 import pytest
 
-from llada_jax import train
 from llada_jax.data import pipeline
 from llada_jax.inputs import InputError
 from llada_jax.training import goodput
+from llada_jax.training import run as train
 from llada_jax.training.events import Events
 from llada_jax.training.goodput import Goodput
 from llada_jax.training.metrics import Reporter

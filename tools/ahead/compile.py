@@ -16,7 +16,6 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from llada_jax import train
 from llada_jax.config import RunConfig
 from llada_jax.inputs import InputError
 from llada_jax.model.config import ModelConfig, model_config
@@ -24,6 +23,7 @@ from llada_jax.objectives.elbo import Batch
 from llada_jax.parallel.mesh import make_mesh, require_divides, rows_sharding
 from llada_jax.tools.ahead import hlo
 from llada_jax.tools.ahead.chips import GIB, Slice, absent_devices
+from llada_jax.training import run as train
 from llada_jax.training.step import init_state
 
 
