@@ -5,7 +5,7 @@ python -m llada_jax.train --config=configs/pretrain_tiny.py:python --workdir=DIR
 """
 
 from llada_jax.config import run_config
-from llada_jax.inputs import InputError
+from llada_jax.fields import InputError
 
 
 def get_config(arg: str = ""):

@@ -9,9 +9,9 @@ _HOMES = {
     "load": "interop.hf",
     "log_likelihood": "evaluation.likelihood",
     "log_likelihood_from_masks": "evaluation.likelihood",
-    "pretrain_loss": "objectives.elbo",
+    "pretrain_loss": "objectives.diffusion",
     "save_hf": "interop.hf",
-    "sft_loss": "objectives.elbo",
+    "sft_loss": "objectives.diffusion",
 }
 __all__ = list(_HOMES)
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from llada_jax.inputs import InputError
+from llada_jax.fields import InputError
 
 TRY_AGAIN = 75  # the exit code of a run that was told to stop, and has saved; launch/babysit.py starts it again
 
@@ -100,4 +100,4 @@ def _last_line(error: Exception) -> str:
     text = str(error.args[0] if error.args else error).strip()
     if "Traceback" not in text:
         return text
-    return text.splitlines()[-1].removeprefix("llada_jax.inputs.InputError: ")
+    return text.splitlines()[-1].removeprefix("llada_jax.fields.InputError: ")

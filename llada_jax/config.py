@@ -1,4 +1,4 @@
-"""The run config: every field with the published recipe as its default."""
+"""The run config: every field with the published recipe as its default, its range, and what it means."""
 
 import dataclasses
 import json
@@ -6,87 +6,123 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from llada_jax.inputs import InputError
-from llada_jax.model.config import PRESETS
+from llada_jax.fields import InputError, check_fields, choice, flag, integer, number, sequence, text
+from llada_jax.model.config import PRESETS, ModelConfig
 
 RunConfig = Any  # an ml_collections.ConfigDict, whose fields type checkers can't know
 
+_MOST = 2**31 - 1
+_ATTENTION = "a token sees the whole row (full), all but padding, or its own document (documents)"
+
+
+@dataclasses.dataclass
+class Data:
+    """Read in data/, through training/run.py."""
+
+    files: str = text("couplets", "globs of .txt, .jsonl, .parquet, or the embedded couplets, python_reference", 2**16)
+    path: str = text("", "instead of files: a directory that tools/prepare_data.py made")
+    kind: str = text("text", "text, or chat for supervised fine-tuning: a file of data/")
+    documents: str = choice("file", ("file", "paragraph", "line"), "what a document of a text file is")
+    tokenizer: str = text("", "a SentencePiece .model or a tokenizer.json; empty: one is trained on the files")
+    tokenizer_type: str = choice("bpe", ("bpe", "unigram", "char"), "of a tokenizer that is trained here")
+    vocab_size: int = integer(8192, 320, 2**20, "of such a one, at most")
+    row_length: int = integer(4096, 2, 2**24, "tokens of a row")
+    packing: str = choice("concatenate", ("concatenate", "document"), "concatenate and cut, or a document a row")
+    overlong: str = choice("error", ("error", "drop"), "what a dialogue longer than a row is; dropped ones are counted")
+    validation_fraction: float = number(0.0, 0, 1, "of the documents, held out", below=True)
+    mixture: tuple = sequence((), "further sources: (prepared directory, weight) pairs; the first weighs 1")
+    random_length_fraction: float = number(0.01, 0, 1, "rows cut to a length ~ U{1..row_length}; paper, section 2.2")
+    split_fraction: float = number(0.0, 0, 1, "rows cut in two that do not see each other; iLLaDA: 0.3")
+    on_damage: str = choice("stop", ("stop", "skip"), "at a row that cannot be read; skip: another takes its place")
+    threads: int = integer(4, 1, 1024, "that read rows")
+
+
+@dataclasses.dataclass
+class Objective:
+    """Read in objectives/."""
+
+    name: str = text("pretrain", "pretrain, sft or autoregressive: a line of objectives/__init__.py")
+    attention: str = choice("padding", ("full", "padding", "documents"), _ATTENTION)
+    eps: float = number(1e-3, 0, 1, "smallest mask ratio", above=True)
+    stratified: bool = flag(False, "mask ratios spread evenly over the global batch")
+
+
+@dataclasses.dataclass
+class Optimizer:
+    """Read in training/optimizer.py."""
+
+    schedule: tuple = sequence(
+        (("linear", 4e-4, "2000 steps"), ("constant", 4e-4, "100%")), "phases: (kind, rate, until)"
+    )
+    b1: float = number(0.9, 0, 1, "decay of Adam's first moment", below=True)
+    b2: float = number(0.95, 0, 1, "decay of Adam's second moment", below=True)
+    eps: float = number(1e-8, 0, 1, "added to the root of the second moment", above=True)
+    weight_decay: float = number(0.1, 0, 10, "decoupled, times the learning rate")
+    decay: str = choice("matrices", ("matrices", "all"), "which parameters decay")
+    clip_norm: float = number(1.0, 0, 1e9, "largest norm of all gradients; 0: no clipping")
+    mu_dtype: str = choice("float32", ("float32", "bfloat16"), "of Adam's first moment")
+
+
+@dataclasses.dataclass
+class Mesh:
+    """Read in parallel/mesh.py. -1: the devices that are left."""
+
+    data: int = integer(1, -1, 2**20, "rows of the batch, parameters copied; across slices")
+    fsdp: int = integer(-1, -1, 2**20, "rows of the batch, parameters and optimizer state split")
+    tensor: int = integer(1, -1, 2**20, "heads, the MLP's width and the vocabulary")
+    context: int = integer(1, -1, 2**20, "positions of a row")
+
+
+@dataclasses.dataclass
+class Train:
+    """Read in training/run.py and training/loop.py."""
+
+    steps: int = integer(438690, 1, _MOST, "of the run")
+    batch_size: int = integer(1280, 1, 2**24, "rows of the global batch, whatever the mesh")
+    microbatches: int = integer(1, 1, 2**16, "gradient accumulation: parts that a batch is computed in")
+    seed: int = integer(0, 0, 2**32 - 1, "of initialisation, data order and masks")
+    init_from: str = text("", "start from the model of this workdir or published checkpoint")
+    log_every: int = integer(10, 1, _MOST, "steps")
+    eval_every: int = integer(1000, 0, _MOST, "steps; 0: never")
+    eval_rows: int = integer(256, 1, _MOST, "of the validation rows, at most")
+    sample_every: int = integer(0, 0, _MOST, "steps; 0: never")
+    sample_prompt: str = text("", "what a sample of the log continues", 2**16)
+    spike_sigma: float = number(0.0, 0, 1e6, "skip an update so far above the last 128; 0: only if not finite")
+    rollback_after: int = integer(20, 0, _MOST, "updates skipped in a row; then back to a checkpoint; 0: never")
+    rollback_rate: float = number(1.0, 0, 1, "by which a rollback multiplies the learning rate", above=True)
+    stall_seconds: float = number(600.0, 0, 1e9, "in one phase of a step; then the stacks are printed; 0: never")
+
+
+@dataclasses.dataclass
+class Checkpoint:
+    """Read in training/checkpoint.py."""
+
+    every_steps: int = integer(1000, 1, _MOST, "steps")
+    every_minutes: float = number(0.0, 0, 1e6, "and when so many have passed since the last save; 0: by steps only")
+    keep: int = integer(3, 1, _MOST, "the newest ones")
+    keep_every_steps: int = integer(0, 0, _MOST, "and for good those of every so many steps; 0: none")
+
+
+GROUPS: dict[str, type] = {
+    "model": ModelConfig, "data": Data, "objective": Objective, "optimizer": Optimizer, "mesh": Mesh, "train": Train,
+    "checkpoint": Checkpoint,
+}  # fmt: skip
+
 
 def run_config(preset: str = "llada_8b") -> RunConfig:
-    """The run config with LLaDA's recipe as its defaults; files in configs/ change what they need and `lock()` it.
-
-    Every field is read in the one module that is named beside its group.
-    """
-    config: RunConfig = ConfigDict()
-    config.model = ConfigDict(dataclasses.asdict(PRESETS[preset]))  # config.py, model_config()
-    config.data = ConfigDict(  # data/, through train.py
-        dict(
-            files="couplets",  # globs of .txt, .jsonl, .parquet, or the embedded "couplets", "python_reference"
-            path="",  # instead of files: a directory that tools/prepare_data.py made
-            kind="text",  # "text", or "chat" for supervised fine-tuning
-            documents="file",  # a document of a text file is a "file", "paragraph" or "line"
-            tokenizer="",  # a SentencePiece .model or a tokenizer.json; "": one is trained on the files
-            tokenizer_type="bpe",  # of a tokenizer that is trained here: "bpe", "unigram" or "char"
-            vocab_size=8192,  # of such a one, at most
-            row_length=4096,
-            packing="concatenate",  # "concatenate" documents and cut, or one "document" a row
-            overlong="error",  # a dialogue longer than a row is an "error", or is "drop"ped and counted
-            validation_fraction=0.0,
-            mixture=(),  # further sources: pairs (prepared directory, weight); data.files or data.path weighs 1
-            random_length_fraction=0.01,  # rows cut to a length ~ U{1..row_length}; paper section 2.2
-            split_fraction=0.0,  # rows cut in two that do not see each other; iLLaDA: 0.3
-            on_damage="stop",  # at a row that cannot be read; or "skip": another takes its place, is counted and logged
-            threads=4,
-        )
-    )
-    config.objective = ConfigDict(  # losses.py, diffusion.py
-        dict(
-            name="pretrain",  # "pretrain", "sft" or "autoregressive"
-            attention="padding",  # a token sees the whole row ("full"), all but "padding", or its own "documents"
-            eps=1e-3,
-            stratified=False,  # t spread evenly over the global batch
-        )
-    )
-    config.optimizer = ConfigDict(  # optimizer.py
-        dict(
-            schedule=(("linear", 4e-4, "2000 steps"), ("constant", 4e-4, "100%")),
-            b1=0.9,
-            b2=0.95,
-            eps=1e-8,
-            weight_decay=0.1,
-            decay="matrices",  # "matrices", or "all" parameters
-            clip_norm=1.0,  # 0: no clipping
-            mu_dtype="float32",
-        )
-    )
-    config.mesh = ConfigDict(dict(data=1, fsdp=-1, tensor=1, context=1))  # sharding.py; -1: the devices that are left
-    config.train = ConfigDict(  # train.py
-        dict(
-            steps=438690,
-            batch_size=1280,  # rows of the global batch, whatever the mesh
-            microbatches=1,  # gradient accumulation: parts that a batch is computed in
-            seed=0,
-            init_from="",  # start from the model of this workdir or published checkpoint
-            log_every=10,
-            eval_every=1000,
-            eval_rows=256,
-            sample_every=0,  # 0: never
-            sample_prompt="",
-            spike_sigma=0.0,  # skip an update so far above the last 128 in loss or gradient norm. 0: only if not finite
-            rollback_after=20,  # updates skipped in a row; then back to a checkpoint and on with other data. 0: never
-            rollback_rate=1.0,  # by which a rollback multiplies the learning rate
-            stall_seconds=600.0,  # in one phase of a step, after which the stacks of all threads are printed; 0: never
-        )
-    )
-    config.checkpoint = ConfigDict(  # checkpoint.py
-        dict(
-            every_steps=1000,
-            every_minutes=0.0,  # and whenever so many have passed since the last save; 0: by steps only; train.py
-            keep=3,  # the newest ones
-            keep_every_steps=0,  # and for good those of every so many steps; 0: none
-        )
-    )
+    """The run config with LLaDA's recipe as its defaults; files in configs/ change what they need and `lock()` it."""
+    config: RunConfig = ConfigDict({name: dataclasses.asdict(group()) for name, group in GROUPS.items()})
+    config.model = ConfigDict(dataclasses.asdict(PRESETS[preset]))
     return config
+
+
+def check_config(config: RunConfig) -> None:
+    """Raises InputError for a field that is unknown or holds what it may not; `training/run.py` checks the rest."""
+    for name, group in GROUPS.items():
+        values = config.get(name)
+        if not isinstance(values, ConfigDict | dict):
+            raise InputError(f"config.{name} is {values!r}, not a group of fields")
+        check_fields(group, dict(values), f"config.{name}")
 
 
 def set_slice(config: RunConfig, slices: dict[str, dict[str, Any]], name: str) -> None:

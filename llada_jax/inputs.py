@@ -9,12 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-
-class InputError(ValueError):
-    """A mistake of the user's: its message is one line that says what is wrong, where, and what to do.
-
-    Entry points print the message alone and exit with code 2; see `llada_jax.cli`.
-    """
+from llada_jax.fields import InputError
 
 
 def require(ok, message: str) -> None:

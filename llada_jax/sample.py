@@ -14,7 +14,7 @@ from absl import flags
 
 from llada_jax import cli
 from llada_jax.data.tokenizer import Tokenizer, load_tokenizer
-from llada_jax.inputs import InputError
+from llada_jax.fields import InputError
 from llada_jax.interop import hf
 from llada_jax.parallel import processes
 from llada_jax.parallel.mesh import make_mesh

@@ -7,7 +7,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from llada_jax import cli
-from llada_jax.inputs import InputError
+from llada_jax.fields import InputError
 from llada_jax.parallel import processes
 from llada_jax.training.run import train
 

@@ -7,27 +7,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llada_jax.objectives import OBJECTIVES
 from llada_jax.streams import stream
-from llada_jax.training import run as train
 
 
 @contextlib.contextmanager
 def nan_batches(numbers, seed=0):
     """While it is open, the batches with these numbers (from 0) give a run of that seed a loss of NaN."""
-    original = train.objective_named
-    run_key = stream(seed, "train")
+    originals, run_key = dict(OBJECTIVES), stream(seed, "train")
     keys = np.stack([jax.random.key_data(jax.random.fold_in(run_key, number)) for number in numbers])
 
-    def named(name):
-        def objective(batch, key, model, config):
-            noisy = original(name)(batch, key, model, config)
+    def spoiled(original):
+        def corrupt(batch, key, model, config):
+            noisy = original.corrupt(batch, key, model, config)
             hit = jnp.any(jnp.all(jax.random.key_data(key) == keys, axis=-1))
             return dataclasses.replace(noisy, weights=jnp.where(hit, jnp.nan, noisy.weights))
 
-        return objective
+        return dataclasses.replace(original, corrupt=corrupt)
 
-    train.objective_named = named
+    OBJECTIVES.update({name: spoiled(objective) for name, objective in originals.items()})
     try:
         yield
     finally:
-        train.objective_named = original
+        OBJECTIVES.update(originals)

@@ -172,7 +172,7 @@ def _watch_for_pickles() -> list:
 
 
 def _outcome(read, root: Path) -> str:
-    from llada_jax.inputs import InputError
+    from llada_jax.fields import InputError
 
     try:
         read(root)

@@ -19,7 +19,7 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 from llada_jax.config import run_config
 from llada_jax.data import pipeline, prepare, sources
 from llada_jax.data.tokenizer import BOS, END_HEADER, EOS, EOT, MASK, START_HEADER, load_tokenizer, train_tokenizer
-from llada_jax.inputs import InputError
+from llada_jax.fields import InputError
 from llada_jax.model.config import PRESETS
 
 GOLDEN = Path(__file__).parent / "golden" / "tokenizer"

@@ -22,11 +22,12 @@ from llada_jax import cli, sample
 from llada_jax.data import pipeline
 from llada_jax.data.tokenizer import load_tokenizer
 from llada_jax.evaluation import likelihood, reversal
-from llada_jax.inputs import InputError
+from llada_jax.fields import InputError
 from llada_jax.interop import hf
-from llada_jax.objectives.elbo import objective_named
+from llada_jax.objectives import OBJECTIVES
 from llada_jax.parallel import processes
 from llada_jax.parallel.mesh import AXES, make_mesh, place_rows, rows_of_process
+from llada_jax.streams import stream
 from llada_jax.training import checkpoint
 from llada_jax.training import run as train
 
@@ -92,14 +93,14 @@ def masks(config, workdir, steps):
     mesh = make_mesh(dict(config.mesh))
     tokenizer, order, _ = train.open_data(config, Path(workdir))
     model = train.fit_to_tokenizer(config, tokenizer)
-    objective = objective_named(config.objective.name)
-    key = jax.random.fold_in(jax.random.key(config.train.seed), 1)
+    objective = OBJECTIVES[config.objective.name].corrupt
+    key = stream(config.train.seed, "train")
     digests = []
     with jax.set_mesh(mesh):
         noisy = jax.jit(lambda batch, step: objective(batch, jax.random.fold_in(key, step), model, config.objective))
         batches = train._batches(config, order, tokenizer, steps[0], mesh)
         for step, batch in zip(range(*steps), batches, strict=False):
-            arrays = [batch.tokens, *jax.tree.leaves(noisy(batch, step))]
+            arrays = [batch["tokens"], *jax.tree.leaves(noisy(batch, step))]
             whole = [np.asarray(multihost_utils.process_allgather(x, tiled=True)) for x in arrays]
             digests.append(hashlib.sha256(b"".join(x.tobytes() for x in whole)).hexdigest())
     return digests

@@ -9,14 +9,15 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "llada_jax"
 # Rooms and files, from the ground up; what is named more exactly counts. A file imports from its own floor and below.
 FLOORS = [
-    ["inputs", "files", "streams"],
+    ["fields", "streams"],
+    ["inputs", "files"],
     ["model.config", "cli"],
     ["config"],
     ["parallel"],
     ["model"],
     ["objectives", "sampling", "data"],
     ["evaluation"],
-    ["training.checksums", "training.events", "training.goodput", "training.optimizer", "training.stability"],
+    ["training.monitor", "training.optimizer", "training.stability"],
     ["training.step"],
     ["training.checkpoint"],
     ["interop"],

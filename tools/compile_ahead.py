@@ -22,7 +22,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from llada_jax import cli
-from llada_jax.inputs import InputError
+from llada_jax.fields import InputError
 from llada_jax.tools.ahead.chips import parse_topology
 from llada_jax.tools.ahead.compile import compile_step
 from llada_jax.tools.ahead.estimate import report

@@ -19,8 +19,8 @@ from absl import flags
 from tqdm import tqdm
 
 from llada_jax import cli
+from llada_jax.fields import InputError
 from llada_jax.files import parse_json, read_json
-from llada_jax.inputs import InputError
 from llada_jax.interop import hf
 from llada_jax.model.config import ModelConfig
 from llada_jax.model.transformer import Block, Transformer, rms_norm

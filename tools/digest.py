@@ -14,8 +14,8 @@ from typing import Any
 from absl import flags
 
 from llada_jax import cli
-from llada_jax.inputs import InputError
-from llada_jax.training.checksums import damage
+from llada_jax.fields import InputError
+from llada_jax.files import damage
 
 
 def digest(workdir: str | Path, step: int | None = None) -> tuple[int, str]:

@@ -22,7 +22,7 @@ from absl import flags
 os.environ["JAX_PLATFORMS"] = "cpu"  # before JAX: what is compared is read here
 
 from llada_jax import cli
-from llada_jax.inputs import InputError
+from llada_jax.fields import InputError
 from llada_jax.tools.digest import digest
 from llada_jax.training.checkpoint import saved_steps
 

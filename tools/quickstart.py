@@ -19,7 +19,7 @@ from llada_jax.config import RunConfig
 from llada_jax.data import prepare, sources
 from llada_jax.data.tokenizer import load_tokenizer, train_tokenizer
 from llada_jax.evaluation import reversal
-from llada_jax.inputs import InputError
+from llada_jax.fields import InputError
 from llada_jax.model.transformer import parameter_count
 from llada_jax.sampling import prompts
 from llada_jax.sampling.generate import sample

@@ -17,7 +17,7 @@ from string import Template
 from absl import flags
 
 from llada_jax import cli
-from llada_jax.inputs import InputError
+from llada_jax.fields import InputError
 
 MASK = "▒"
 SMOOTH, RAW = "1_loss/smooth_elbo_nats_per_token", "1_loss/loss"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llada_jax.data import template_process
-from llada_jax.inputs import InputError
+from llada_jax.fields import InputError
 
 
 class _Renderer:

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from llada_jax.data.shards import FORMAT
+from llada_jax.fields import InputError
 from llada_jax.files import LARGEST_JSON, inside, read_json, require_file
-from llada_jax.inputs import InputError
 
 KINDS = ("text", "chat")
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import numpy as np
 
 from llada_jax.data.tokenizer import Tokenizer
-from llada_jax.inputs import InputError
+from llada_jax.fields import InputError
 
 PACKINGS = ("concatenate", "document")
 

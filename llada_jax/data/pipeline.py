@@ -20,7 +20,7 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from llada_jax.data import packing
 from llada_jax.data.manifest import KINDS, check_files, read_column, read_manifest
 from llada_jax.data.shards import decode_record
-from llada_jax.inputs import InputError
+from llada_jax.fields import InputError
 
 ON_DAMAGE = ("stop", "skip")
 

@@ -26,7 +26,7 @@ from llada_jax.data import packing, sources
 from llada_jax.data.manifest import KINDS, read_manifest
 from llada_jax.data.shards import FORMAT, ShardWriter, atomic_directory
 from llada_jax.data.tokenizer import Messages, Tokenizer
-from llada_jax.inputs import InputError
+from llada_jax.fields import InputError
 
 OVERLONG = ("error", "drop")
 

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
-from llada_jax.inputs import InputError
+from llada_jax.fields import InputError
 
 FORMAT = "llada_jax.rows.v2"
 

@@ -12,8 +12,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from llada_jax.data.tokenizer import ROLES
+from llada_jax.fields import InputError
 from llada_jax.files import require_file
-from llada_jax.inputs import InputError
 
 EMBEDDED = ("couplets", "python_reference")  # names that stand where a file may
 COUPLETS = Path(__file__).with_name("couplets.tsv")

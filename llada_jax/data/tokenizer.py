@@ -17,8 +17,8 @@ import sentencepiece
 import tokenizers
 
 from llada_jax.data import chat_template, template_process
+from llada_jax.fields import InputError
 from llada_jax.files import LARGEST_JSON, read_json, read_text, require_file
-from llada_jax.inputs import InputError
 
 BOS = "<|startoftext|>"
 EOS = "<|endoftext|>"  # also the padding

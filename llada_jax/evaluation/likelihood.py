@@ -20,7 +20,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import PartitionSpec as P
 
 from llada_jax import inputs
-from llada_jax.inputs import InputError
+from llada_jax.fields import InputError
 from llada_jax.objectives.cross_entropy import scored_cross_entropy
 from llada_jax.parallel.mesh import BATCH, HIDDEN, current_mesh, reshard
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from llada_jax.data.tokenizer import BOS, EOT, MASK
+from llada_jax.fields import InputError
 from llada_jax.files import parse_json, read_text
-from llada_jax.inputs import InputError
 from llada_jax.model.config import PRESETS, ModelConfig
 
 MODEL_TYPES = {"llada": "LLaDAModelLM", "illada": "ILLaDAForCausalLM"}  # and the architecture of each

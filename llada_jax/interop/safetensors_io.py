@@ -16,8 +16,8 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
+from llada_jax.fields import InputError
 from llada_jax.files import read_text
-from llada_jax.inputs import InputError
 
 DTYPES = {"F32": np.dtype(np.float32), "BF16": jnp.dtype(jnp.bfloat16), "F16": np.dtype(np.float16)}
 INDEX = "model.safetensors.index.json"

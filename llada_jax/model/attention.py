@@ -14,7 +14,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-from llada_jax.inputs import InputError
+from llada_jax.fields import InputError
 from llada_jax.parallel.mesh import BATCH, TOKENS, current_mesh, platform, reshard, spec
 
 # The first of each platform is what "auto" takes; the others serve, too, when asked for by name.

@@ -5,12 +5,15 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from llada_jax.inputs import InputError
+from llada_jax.fields import InputError, check_fields, choice, flag, integer, number, text
 
 # What the backward pass computes again, from nothing to most: nothing; all but the matrix products; also the MLP's;
 # also the projections; all but the inputs of the layers. "offload" keeps what "projections" does, and the inputs, but
 # on the host, save for the attention output.
 REMAT = ("none", "matmuls", "projections", "attention", "full", "offload")
+
+_MOST = 2**31 - 1
+_ID = "id of the special token"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,33 +23,37 @@ class ModelConfig:
     Defaults are LLaDA-8B (arXiv 2502.09992, Table 5, and its checkpoint).
     """
 
-    d_model: int = 4096
-    n_layers: int = 32
-    n_heads: int = 32
-    n_kv_heads: int = 32  # fewer than n_heads: grouped-query attention
-    mlp_hidden_size: int = 12288
-    vocab_size: int = 126464  # ids that the tokenizer can produce; 0 in a run config: the tokenizer's
-    embedding_size: int = 126464  # rows of the embedding and of the head; 0: vocab_size to the next 64
-    max_sequence_length: int = 4096
-    rope_theta: float = 500000.0
-    rms_norm_eps: float = 1e-5
-    weight_tying: bool = False  # the head is the embedding
-    causal: bool = False  # only for the autoregressive control
-    mask_token_id: int = 126336
-    bos_token_id: int = 126080
-    eos_token_id: int = 126081
-    pad_token_id: int = 126081
-    eot_token_id: int = 126348
-    init: str = "mitchell"  # "mitchell" (LLaDA) or "normal" (iLLaDA); see model.py
-    init_std: float = 0.02
+    d_model: int = integer(4096, 1, _MOST, "width of the residual stream")
+    n_layers: int = integer(32, 1, _MOST, "layers")
+    n_heads: int = integer(32, 1, _MOST, "query heads")
+    n_kv_heads: int = integer(32, 1, _MOST, "key and value heads; fewer than n_heads: grouped-query attention")
+    mlp_hidden_size: int = integer(12288, 1, _MOST, "width of the SwiGLU MLP")
+    vocab_size: int = integer(126464, 0, _MOST, "ids that the tokenizer can produce; 0 in a run config: its own number")
+    embedding_size: int = integer(126464, 0, _MOST, "rows of embedding and head; 0: vocab_size to the next 64")
+    max_sequence_length: int = integer(4096, 1, _MOST, "the longest row, tokens")
+    rope_theta: float = number(500000.0, 0, 1e12, "base of the rotary embedding", above=True)
+    rms_norm_eps: float = number(1e-5, 0, 1, "added to the mean square", above=True)
+    weight_tying: bool = flag(False, "the head is the embedding")
+    causal: bool = flag(False, "left-to-right attention: only for the autoregressive control")
+    mask_token_id: int = integer(126336, 0, _MOST, f"{_ID} MASK")
+    bos_token_id: int = integer(126080, 0, _MOST, f"{_ID} that begins a text")
+    eos_token_id: int = integer(126081, 0, _MOST, f"{_ID} that ends a text")
+    pad_token_id: int = integer(126081, 0, _MOST, f"{_ID} of padding")
+    eot_token_id: int = integer(126348, 0, _MOST, f"{_ID} that ends a turn of a dialogue")
+    init: str = choice("mitchell", ("mitchell", "normal"), "initialisation: that of LLaDA, or of iLLaDA")
+    init_std: float = number(0.02, 0, 100, "standard deviation of init=normal", above=True)
     # How it is computed, not what it is:
-    dtype: str = "bfloat16"  # of activations and matrix products; parameters are float32
-    residual: str = "parameters"  # the residual stream is as wide as the "parameters", or as what is "compute"d with
-    remat: str = "full"  # what the backward pass computes again; see REMAT
-    attention_kernel: str = "auto"  # "splash" (TPU), "cudnn" (GPU), "xla"; "auto": that of the platform. attention.py
+    dtype: str = choice("bfloat16", ("bfloat16", "float32"), "of activations and products; parameters are float32")
+    residual: str = choice("parameters", ("parameters", "compute"), "dtype of the residual stream: of which of the two")
+    remat: str = choice("full", REMAT, "what the backward pass computes again; model/config.py lists it")
+    attention_kernel: str = choice(
+        "auto", ("auto", "xla", "splash", "cudnn", "splash_interpret"), "splash is for TPUs, cudnn for GPUs"
+    )
     # Where it comes from; see interop/:
-    family: str = "llada"  # under whose names it is published: "llada" or "illada"
-    published: str = dataclasses.field(default="", repr=False)  # the config.json that it was loaded with, word for word
+    family: str = text("llada", "whose names a published checkpoint of it has: a file of interop/families/")
+    published: str = dataclasses.field(
+        default="", repr=False, metadata=text("", "the config.json that it was loaded with", 2**26).metadata
+    )
 
     @property
     def head_dim(self) -> int:
@@ -57,11 +64,8 @@ class ModelConfig:
             if not ok:
                 raise InputError(f"config.model: {message}")
 
-        for name in ("d_model", "n_layers", "n_heads", "n_kv_heads", "mlp_hidden_size", "vocab_size"):
-            require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, must be positive")
-        for name, value in dataclasses.asdict(self).items():
-            most = 1e300 if type(getattr(ModelConfig, name)) is float else 2**31 - 1
-            require(not isinstance(value, int) or value <= most, f"{name} is {str(value)[:30]}, far too large")
+        check_fields(ModelConfig, {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}, "config.model")
+        require(self.vocab_size > 0, "vocab_size is 0, must be positive")
         require(self.d_model % self.n_heads == 0, f"d_model {self.d_model} is not a multiple of n_heads {self.n_heads}")
         require(self.head_dim % 2 == 0, f"head size {self.head_dim} is odd; rotary embeddings need it even")
         require(
@@ -74,16 +78,9 @@ class ModelConfig:
         )
         for name in ("mask_token_id", "bos_token_id", "eos_token_id", "pad_token_id", "eot_token_id"):
             require(
-                0 <= getattr(self, name) < self.embedding_size,
+                getattr(self, name) < self.embedding_size,
                 f"{name} {getattr(self, name)} is outside the {self.embedding_size} rows of the embedding",
             )
-        require(self.dtype in ("bfloat16", "float32"), f"dtype {self.dtype!r} is not one of bfloat16, float32")
-        require(
-            self.residual in ("parameters", "compute"), f"residual {self.residual!r} is not one of parameters, compute"
-        )
-        require(self.remat in REMAT, f"remat {self.remat!r} is not one of {', '.join(REMAT)}")
-        require(self.init in ("mitchell", "normal"), f"init {self.init!r} is not one of mitchell, normal")
-        require(self.family in ("llada", "illada"), f"family {self.family!r} is not one of llada, illada")
 
 
 # Published shapes: Table 5 of arXiv 2502.09992 (LLaDA and its controls) and arXiv 2606.25331 (iLLaDA).
@@ -115,13 +112,6 @@ def model_config(group: Any) -> ModelConfig:
     """The `model` group of a run config as a `ModelConfig`. Raises InputError on an impossible shape."""
     if not isinstance(group, ConfigDict | dict):
         raise InputError(f"config.model is {group!r}, not a group of fields")
-    defaults = {field.name: field.default for field in dataclasses.fields(ModelConfig)}
-    fields: dict[str, Any] = dict(group)
-    unknown = sorted(set(fields) - set(defaults))
-    if unknown:
-        raise InputError(f"config.model: unknown field {', '.join(unknown)}; known: {', '.join(sorted(defaults))}")
-    for name, value in fields.items():
-        kind = type(defaults[name])
-        if type(value) is not kind and not (kind is float and type(value) is int):
-            raise InputError(f"config.model: {name} is {value!r}, must be of type {kind.__name__}")
-    return ModelConfig(**fields)
+    values: dict[str, Any] = dict(group)
+    check_fields(ModelConfig, values, "config.model")
+    return ModelConfig(**values)

@@ -33,7 +33,7 @@ def masks(key: jax.Array, maskable_BL: jax.Array, ratio_B: jax.Array) -> jax.Arr
     return maskable_BL & (draws_BL < ratio_B[:, None])
 
 
-def corrupt(
+def mask_tokens(
     key: jax.Array, tokens_BL: jax.Array, maskable_BL: jax.Array, mask_id: int, *, eps: float, stratified: bool
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Noisy tokens [B, L], where they are masked (bool [B, L]), and the ratio of each row (float32 [B]).

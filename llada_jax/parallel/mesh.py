@@ -18,7 +18,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from llada_jax.inputs import InputError
+from llada_jax.fields import InputError
 from llada_jax.model.config import ModelConfig
 
 AXES = ("data", "fsdp", "tensor", "context")
@@ -35,17 +35,7 @@ def make_mesh(sizes: dict[str, int], devices: list | None = None) -> Mesh:
     devices, or data x fsdp not a multiple of the slices.
     """
     devices = jax.devices() if devices is None else devices
-    shape = [sizes[axis] for axis in AXES]
-    fixed = math.prod(size for size in shape if size != -1)
-    if shape.count(-1) > 1 or any(size < 1 and size != -1 for size in shape):
-        raise InputError(f"config.mesh {_show(shape)}: sizes must be positive and at most one may be -1")
-    if -1 in shape and len(devices) % fixed == 0:
-        shape[shape.index(-1)] = len(devices) // fixed
-    if math.prod(shape) != len(devices):
-        raise InputError(
-            f"config.mesh {_show(shape)} does not fit {len(devices)} devices: the product must be {len(devices)}, "
-            "or set one axis to -1"
-        )
+    shape = list(mesh_shape(sizes, len(devices)).values())
     slices = len({getattr(device, "slice_index", 0) for device in devices})  # lone slices may lack the attribute
     across = _across_slices(shape, slices)
     inside = [size // count for size, count in zip(shape, across, strict=True)]
@@ -55,6 +45,22 @@ def make_mesh(sizes: dict[str, int], devices: list | None = None) -> Mesh:
     else:
         grid = mesh_utils.create_device_mesh(inside, devices, allow_split_physical_axes=True)
     return Mesh(grid, AXES, axis_types=(AxisType.Explicit,) * 4)
+
+
+def mesh_shape(sizes: dict[str, int], devices: int) -> dict[str, int]:
+    """The size of each axis over so many devices, -1 filled in. Raises InputError where they don't fit."""
+    shape = [sizes[axis] for axis in AXES]
+    fixed = math.prod(size for size in shape if size != -1)
+    if shape.count(-1) > 1 or any(size < 1 and size != -1 for size in shape):
+        raise InputError(f"config.mesh {_show(shape)}: sizes must be positive and at most one may be -1")
+    if -1 in shape and devices % fixed == 0:
+        shape[shape.index(-1)] = devices // fixed
+    if math.prod(shape) != devices:
+        raise InputError(
+            f"config.mesh {_show(shape)} does not fit {devices} devices: the product must be {devices}, "
+            "or set one axis to -1"
+        )
+    return dict(zip(AXES, shape, strict=True))
 
 
 def _across_slices(shape: list[int], slices: int) -> list[int]:

@@ -24,7 +24,7 @@ from jax._src import distributed
 from jax.experimental import multihost_utils
 from orbax.checkpoint import multihost
 
-from llada_jax.inputs import InputError
+from llada_jax.fields import InputError
 
 _LONGEST_WAIT = 7 * 24 * 3600 * 1000  # milliseconds that the others wait while one prepares data
 _SHUTDOWN_SECONDS = 60  # after which a process that ends too early takes the others along

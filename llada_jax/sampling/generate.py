@@ -17,7 +17,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import PartitionSpec as P
 
 from llada_jax import inputs
-from llada_jax.inputs import InputError, require
+from llada_jax.fields import InputError
+from llada_jax.inputs import require
 from llada_jax.parallel.mesh import BATCH, current_mesh, reshard, spec, use
 from llada_jax.sampling import rules
 

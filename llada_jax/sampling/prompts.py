@@ -5,7 +5,7 @@ import re
 import jax
 import numpy as np
 
-from llada_jax.inputs import InputError
+from llada_jax.fields import InputError
 from llada_jax.parallel.mesh import current_mesh
 from llada_jax.sampling.generate import generate
 

@@ -22,14 +22,13 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from llada_jax.config import RunConfig, differences, run_config
-from llada_jax.files import read_json, require_files
-from llada_jax.inputs import InputError
+from llada_jax.fields import InputError
+from llada_jax.files import damage, read_json, require_files, write_checksums
 from llada_jax.model.config import ModelConfig, model_config
 from llada_jax.model.transformer import Transformer
 from llada_jax.parallel import processes
 from llada_jax.parallel.mesh import require_divides, require_mesh
-from llada_jax.training.checksums import damage, write_checksums
-from llada_jax.training.events import Events
+from llada_jax.training.monitor import Events
 from llada_jax.training.step import TrainState
 
 _WRITING, _REMOVING, _DAMAGED = ".writing", ".removing", ".damaged"  # behind the step, until it is complete or after
@@ -374,6 +373,7 @@ def _names(state: TrainState) -> list[tuple[str, str]]:
     names = []
     for name, _ in named_leaves(state):
         part, _, rest = name.partition(".")
+        part = "model" if part == "trainable" else part
         names.append((part, rest) if part in ("model", "guard") else ("optimizer", name))
     return names
 

@@ -14,9 +14,8 @@ from llada_jax.objectives.elbo import Batch
 from llada_jax.parallel.mesh import of_hosts
 from llada_jax.training import preemption, stability
 from llada_jax.training.checkpoint import Checkpointer
-from llada_jax.training.events import Events
-from llada_jax.training.goodput import Goodput
 from llada_jax.training.metrics import Reporter
+from llada_jax.training.monitor import Events, Goodput
 from llada_jax.training.step import TrainState
 
 

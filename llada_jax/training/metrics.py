@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from llada_jax.model.config import ModelConfig
 from llada_jax.objectives.elbo import BUCKETS
-from llada_jax.training.goodput import Goodput
+from llada_jax.training.monitor import Goodput
 from llada_jax.training.writer import Board, Lines
 
 # Peak dense bf16 FLOP/s of one JAX device, by the start of its device_kind.

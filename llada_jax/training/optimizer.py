@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from llada_jax.inputs import InputError
+from llada_jax.fields import InputError
 
 # Section 2 of FACTS' sources: arXiv 2502.09992 section 2.2 and appendix B; arXiv 2606.25331 for iLLaDA.
 LLADA_PRETRAIN = (

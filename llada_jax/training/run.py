@@ -5,7 +5,6 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-import math
 import shutil
 import sys
 import time
@@ -16,26 +15,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llada_jax.config import RunConfig
+from llada_jax.config import RunConfig, check_config
 from llada_jax.data import manifest, pipeline, prepare, sources
 from llada_jax.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
-from llada_jax.inputs import InputError
+from llada_jax.fields import InputError
 from llada_jax.interop import hf
 from llada_jax.model.attention import kernel_for
 from llada_jax.model.config import ModelConfig, model_config
 from llada_jax.model.transformer import parameter_count
-from llada_jax.objectives.elbo import Batch, objective_named
+from llada_jax.objectives import OBJECTIVES
+from llada_jax.objectives.elbo import Batch
 from llada_jax.parallel import chips, processes
-from llada_jax.parallel.mesh import make_mesh, place_rows, platform, require_divides, rows_of_process
+from llada_jax.parallel.mesh import make_mesh, mesh_shape, place_rows, platform, require_divides, rows_of_process
 from llada_jax.sampling import prompts
 from llada_jax.streams import stream
 from llada_jax.training import checkpoint, optimizer, preemption, stability
-from llada_jax.training.events import Events
-from llada_jax.training.goodput import Goodput
 from llada_jax.training.loop import Loop
 from llada_jax.training.metrics import Reporter
+from llada_jax.training.monitor import Events, Goodput, Watchdog
 from llada_jax.training.step import init_state, make_eval_step, make_train_step
-from llada_jax.training.watchdog import Watchdog
 
 
 def train(
@@ -70,6 +68,7 @@ def _train(config: RunConfig, workdir: str | Path, title: str, allow_config_chan
     with _nothing_left_behind(workdir), processes.together():
         processes.agree("config or --workdir", [config.to_dict(), str(workdir)])
         check(config, jax.device_count())
+        kernel_for(config.model.attention_kernel, platform(), config.model.dtype)
         mesh = make_mesh(dict(config.mesh))
         optax_optimizer, step_fn, options, refused = training_step(config, mesh)
         if workdir.exists() and not workdir.is_dir():
@@ -98,7 +97,7 @@ def _train(config: RunConfig, workdir: str | Path, title: str, allow_config_chan
         reporter.say(_opening(model, mesh, workdir, first, total, title))
         for line in refused:
             reporter.say(line)
-        objective = objective_named(config.objective.name)
+        objective = OBJECTIVES[config.objective.name]
         eval_fn = make_eval_step(objective, config.objective, compiler_options=options)
         key = stream(config.train.seed, "train")
         batches = _batches(config, rows, tokenizer, first, mesh, int(state.guard.offset))
@@ -121,7 +120,7 @@ def training_step(config: RunConfig, mesh):
 
     ahead/ compiles the same for devices that are not there.
     """
-    objective = objective_named(config.objective.name)
+    objective = OBJECTIVES[config.objective.name]
     optax_optimizer = optimizer.make_optimizer(config.optimizer, **_phases(config))
     options, refused = chips.of_mesh(mesh)
     step_fn = make_train_step(
@@ -146,7 +145,7 @@ def _start(config: RunConfig, model: ModelConfig, optax_optimizer, saver, mesh, 
     clock.enter("start")
     if config.train.init_from:
         weights = jax.tree.leaves(hf.load(config.train.init_from, "float32", mesh))
-        state.model = jax.tree.unflatten(jax.tree.structure(state.model), weights)
+        state.trainable = jax.tree.unflatten(jax.tree.structure(state.trainable), weights)
     return state, {}
 
 
@@ -295,33 +294,31 @@ def fit_to_tokenizer(config: RunConfig, tokenizer: Tokenizer) -> ModelConfig:
 
 
 def check(config: RunConfig, devices: int) -> None:
-    """Raises InputError for fields that contradict each other, or that don't divide over so many devices."""
-    t, d, o = config.train, config.data, config.objective
-    context = config.model.max_sequence_length
-    if t.init_from:
-        context = hf.load_config(t.init_from, config.model.dtype).max_sequence_length
-    if d.row_length > context:
+    """Raises InputError for a field that is out of its range, for fields that contradict each other, and for a batch
+    or mesh that doesn't divide over so many devices. Reads nothing but the config of `init_from`."""
+    check_config(config)
+    t, d, o, m = config.train, config.data, config.objective, config.model
+    if o.name not in OBJECTIVES:
+        raise InputError(f"config.objective.name {o.name!r} is not one of {', '.join(OBJECTIVES)}")
+    if d.kind not in manifest.KINDS:
+        raise InputError(f"config.data.kind {d.kind!r} is not one of {', '.join(manifest.KINDS)}")
+    theirs = hf.load_config(t.init_from, m.dtype) if t.init_from else m
+    if d.row_length > theirs.max_sequence_length:
         raise InputError(
             f"config.data.row_length {d.row_length} is longer than the model's context, "
-            f"config.model.max_sequence_length {context}"
+            f"config.model.max_sequence_length {theirs.max_sequence_length}"
+        )
+    if theirs.causal != OBJECTIVES[o.name].causal:
+        raise InputError(
+            f"config.objective.name {o.name!r} needs config.model.causal={OBJECTIVES[o.name].causal}: next tokens are "
+            "predicted without seeing them, masked ones from both sides"
         )
     if o.name == "sft" and d.kind != "chat":
         raise InputError(f"config.objective.name 'sft' needs config.data.kind 'chat', it is {d.kind!r}")
-    for name in ("steps", "batch_size", "microbatches", "log_every"):
-        if t[name] < 1:
-            raise InputError(f"config.train.{name} is {t[name]}, must be at least 1")
-    for name in ("every_steps", "keep"):
-        if config.checkpoint[name] < 1:
-            raise InputError(f"config.checkpoint.{name} is {config.checkpoint[name]}, must be at least 1")
-    for name in ("spike_sigma", "rollback_after", "stall_seconds"):
-        if not 0 <= t[name] < math.inf:
-            raise InputError(f"config.train.{name} is {t[name]}, must be 0 or more")
-    if not 0 < t.rollback_rate <= 1:
-        raise InputError(f"config.train.rollback_rate is {t.rollback_rate}, must be above 0 and at most 1")
-    shards = devices if -1 in dict(config.mesh).values() else config.mesh.data * config.mesh.fsdp
-    if -1 in dict(config.mesh).values():
-        shards //= max(config.mesh.tensor, 1) * max(config.mesh.context, 1)
-    if t.batch_size % max(t.microbatches * shards, 1):
+    optimizer.make_schedule(config.optimizer.schedule, **_phases(config))
+    shape = mesh_shape(dict(config.mesh), devices)
+    shards = shape["data"] * shape["fsdp"]
+    if t.batch_size % (t.microbatches * shards):
         raise InputError(
             f"config.train.batch_size {t.batch_size} does not split into {t.microbatches} microbatches over "
             f"{shards} devices of the data and fsdp axes"
@@ -331,8 +328,6 @@ def check(config: RunConfig, devices: int) -> None:
             "config.objective.attention 'full' sees padding, which random lengths, chat rows and packing 'document' "
             "make; use 'padding'"
         )
-    if d.on_damage not in pipeline.ON_DAMAGE:
-        raise InputError(f"config.data.on_damage is {d.on_damage!r}, must be one of {', '.join(pipeline.ON_DAMAGE)}")
     if d.split_fraction and o.attention != "documents":
         raise InputError("config.data.split_fraction needs config.objective.attention 'documents'")
     if d.tokenizer and d.path:
@@ -360,7 +355,7 @@ def _batches(config, order, tokenizer, first, mesh, offset=0) -> Iterator[Batch]
 
 
 def _placed(batch: dict[str, np.ndarray], mesh, batch_size: int) -> Batch:
-    return Batch(**{name: place_rows(x, mesh, batch_size) for name, x in batch.items()})
+    return {name: place_rows(x, mesh, batch_size) for name, x in batch.items()}
 
 
 def _evaluate(eval_fn, model, *, config, validation, tokenizer, mesh) -> dict[str, np.ndarray]:

@@ -1,7 +1,7 @@
-"""Numbers going wrong: harmful updates are left out inside the step; after too many in a row the run goes back.
+"""Numbers going wrong: harmful updates are skipped inside the step; after too many in a row the run goes back.
 
-A rollback is a restart from an older checkpoint that reads other batches: `Guard.offset` moves the data, and the masks
-with it, past those of the failure. W updates of the window.
+A rollback is a restart from an older checkpoint that reads other batches: `AnomalyState.offset` moves the data, and the
+masks with it, past those of the failure. W updates of the window.
 """
 
 import dataclasses
@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llada_jax.inputs import InputError
-from llada_jax.training.events import Events
+from llada_jax.fields import InputError
+from llada_jax.training.monitor import Events
 
 WINDOW = 128  # updates, with whose loss and gradient norm those of a new one are compared
 ROLLBACKS = 3  # to one place; then the run gives up
@@ -24,7 +24,7 @@ _LOSS, _NORM, _LOSS_SPIKE, _NORM_SPIKE, _WAITING = range(1, 6)  # causes; 0: the
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
-class Guard:
+class AnomalyState:
     """What decides on an update, and what rollbacks left: part of the state, so that a resumed run decides alike."""
 
     recent: jax.Array  # float32 [2, W]; losses and gradient norms of the last updates that were made
@@ -43,12 +43,14 @@ class Diverged(Exception):
         self.step, self.offset, self.rate, self.cause = step, offset, rate, cause
 
 
-def fresh_guard() -> Guard:
+def fresh_state() -> AnomalyState:
     zero = lambda: jnp.zeros((), jnp.int32)
-    return Guard(jnp.zeros((2, WINDOW), jnp.float32), zero(), zero(), zero(), zero(), jnp.ones((), jnp.float32))
+    return AnomalyState(jnp.zeros((2, WINDOW), jnp.float32), zero(), zero(), zero(), zero(), jnp.ones((), jnp.float32))
 
 
-def judge(guard: Guard, loss, norm, *, spike_sigma: float, rollback_after: int) -> tuple[jax.Array, Guard]:
+def should_skip(
+    guard: AnomalyState, loss, norm, *, spike_sigma: float, rollback_after: int
+) -> tuple[jax.Array, AnomalyState]:
     """(0 if the update is to be made, else the cause, int32 []; the guard after it).
 
     loss, norm: float32 [], of the whole batch and of all gradients, so that every host decides alike. After
@@ -127,7 +129,7 @@ def rollback_to(workdir: str | Path, step: int) -> dict[str, Any] | None:
     return next((one for one in reversed(_rollbacks(workdir)) if one["step"] == step), None)
 
 
-def resumed(guard: Guard, rollback: dict[str, Any] | None) -> Guard:
+def resumed(guard: AnomalyState, rollback: dict[str, Any] | None) -> AnomalyState:
     """The guard of a checkpoint after a rollback to it."""
     if rollback is None:
         return guard

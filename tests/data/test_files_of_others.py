@@ -17,8 +17,8 @@ from llada_jax.data.manifest import read_column
 from llada_jax.data.pipeline import open_dataset
 from llada_jax.data.prepare import prepare_dataset
 from llada_jax.data.tokenizer import load_tokenizer
+from llada_jax.fields import InputError
 from llada_jax.files import read_json
-from llada_jax.inputs import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = ROOT / "tests" / "golden" / "tokenizer"

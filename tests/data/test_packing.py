@@ -7,7 +7,7 @@ import pytest
 
 from llada_jax.data import packing as packing_module
 from llada_jax.data.tokenizer import load_tokenizer
-from llada_jax.inputs import InputError
+from llada_jax.fields import InputError
 
 BOS, EOS, PAD = 1, 2, 0
 

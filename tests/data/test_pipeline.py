@@ -11,7 +11,7 @@ from llada_jax.data import pipeline
 from llada_jax.data.pipeline import batches, open_dataset, ordered
 from llada_jax.data.prepare import prepare_dataset
 from llada_jax.data.tokenizer import load_tokenizer
-from llada_jax.inputs import InputError
+from llada_jax.fields import InputError
 
 TOKENIZER = load_tokenizer(Path(__file__).parents[1] / "golden" / "tokenizer")
 EOS = TOKENIZER.eos_id

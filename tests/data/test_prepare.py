@@ -17,7 +17,7 @@ from llada_jax.data.pipeline import open_dataset
 from llada_jax.data.prepare import prepare_dataset
 from llada_jax.data.shards import atomic_directory
 from llada_jax.data.tokenizer import load_tokenizer
-from llada_jax.inputs import InputError
+from llada_jax.fields import InputError
 
 ROOT = Path(__file__).parents[2]
 TOKENIZER = load_tokenizer(Path(__file__).parents[1] / "golden" / "tokenizer")

@@ -9,7 +9,7 @@ import pytest
 
 from llada_jax.data import sources
 from llada_jax.data.sources import expand_files, read_dialogues, read_documents
-from llada_jax.inputs import InputError
+from llada_jax.fields import InputError
 
 USER, REPLY = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 

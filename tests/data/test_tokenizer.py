@@ -9,7 +9,7 @@ import pytest
 
 from llada_jax.data import tokenizer as tokenizer_module
 from llada_jax.data.tokenizer import LLADA_CHAT_TEMPLATE, load_tokenizer, train_tokenizer
-from llada_jax.inputs import InputError
+from llada_jax.fields import InputError
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CHAT = json.loads((GOLDEN / "chat.json").read_text(encoding="utf-8"))

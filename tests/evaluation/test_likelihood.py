@@ -13,10 +13,11 @@ from reference import load, vectors
 
 import llada_jax
 from llada_jax.evaluation import likelihood
-from llada_jax.inputs import InputError
+from llada_jax.fields import InputError
 from llada_jax.model.transformer import Transformer
 from llada_jax.objectives import noise
-from llada_jax.objectives.elbo import Batch, noisy_loss, sft
+from llada_jax.objectives.diffusion import sft
+from llada_jax.objectives.elbo import weighted_loss
 from llada_jax.parallel.mesh import make_mesh
 
 ARRAYS, META = vectors("loglik")
@@ -150,10 +151,11 @@ def test_the_loss_that_training_reports_estimates_the_bound(model):
     rows, A = 6000, len(ANSWER)
     tokens = jnp.tile(jnp.concatenate([jnp.asarray(PROMPT), ANSWER]), (rows, 1))
     maskable = jnp.broadcast_to(jnp.arange(tokens.shape[1]) >= len(PROMPT), tokens.shape)
-    batch = Batch(tokens, jnp.ones_like(tokens), maskable, jnp.full(rows, A))
+    ones = jnp.ones_like(tokens)
+    batch = dict(tokens=tokens, segment_ids=ones, maskable=maskable, answer_length=jnp.full(rows, A))
     objective = ConfigDict(dict(eps=1e-3, stratified=True, attention="full"))
     noisy = sft(batch, jax.random.key(0), model.config, objective)
-    loss, sums = jax.jit(noisy_loss)(model, noisy)
+    loss, sums = jax.jit(weighted_loss)(model, noisy)
     _, masked, estimates = expected(model, ANSWER)
     drawn = np.asarray(noisy.weights)[:, len(PROMPT) :] > 0
     count = drawn.sum(1)

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 from safetensors.torch import load_file as load_torch
 from safetensors.torch import save_file as save_torch
 
-from llada_jax.inputs import InputError
+from llada_jax.fields import InputError
 from llada_jax.interop import hf, hf_config, safetensors_io, tensor_names
 from llada_jax.model.config import PRESETS
 from llada_jax.model.transformer import Transformer

@@ -14,7 +14,7 @@ import pytest
 from reference import REFERENCE, copy, load, names_of, tiny_illada, write_illada
 from safetensors.numpy import load_file, save_file
 
-from llada_jax.inputs import InputError
+from llada_jax.fields import InputError
 from llada_jax.interop import hf, safetensors_io
 from llada_jax.model.transformer import Transformer
 

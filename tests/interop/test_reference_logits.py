@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from reference import REFERENCE, load, published, vectors
 
 import llada_jax
-from llada_jax.inputs import InputError
+from llada_jax.fields import InputError
 from llada_jax.model.transformer import rms_norm, rope
 from llada_jax.training import optimizer
 

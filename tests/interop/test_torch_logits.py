@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from reference import REFERENCE, load, names_of, tiny_illada, vectors, write_illada
 
-from llada_jax.inputs import InputError
+from llada_jax.fields import InputError
 from llada_jax.interop import hf, tensor_names
 from llada_jax.model.transformer import Transformer
 from llada_jax.tools import convert_checkpoint, torch_logits

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from llada_jax.inputs import InputError
+from llada_jax.fields import InputError
 from llada_jax.model import attention as attention_module
 from llada_jax.model.attention import _block, _cudnn, _per_device, attention, kernel_for
 from llada_jax.model.transformer import Transformer

@@ -13,9 +13,9 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from llada_jax.config import run_config
-from llada_jax.inputs import InputError
+from llada_jax.fields import InputError
 from llada_jax.model.config import PRESETS
-from llada_jax.objectives.elbo import Batch, pretrain
+from llada_jax.objectives import OBJECTIVES
 from llada_jax.parallel import chips
 from llada_jax.parallel.mesh import TOKENS, make_mesh
 from llada_jax.training import optimizer
@@ -53,11 +53,12 @@ def lowered_step(mesh, config, attention="padding"):
         state = jax.tree.map(lambda x: place(x, P() if x.sharding is None else x.sharding.spec), state)
         rows = jax.ShapeDtypeStruct((ROWS, LENGTH), jnp.int32)
         tokens, length = place(rows, TOKENS), place(jax.ShapeDtypeStruct((ROWS,), jnp.int32), P())
-        batch = Batch(tokens, tokens, place(rows.update(dtype=jnp.bool_), TOKENS), length)
+        maskable = place(rows.update(dtype=jnp.bool_), TOKENS)
+        batch = dict(tokens=tokens, segment_ids=tokens, maskable=maskable, answer_length=length)
         options, refused = chips.of_mesh(mesh)
         assert not refused
         objective = ConfigDict(dict(eps=1e-3, stratified=False, attention=attention))
-        step = make_train_step(update, pretrain, objective, compiler_options=options)
+        step = make_train_step(update, OBJECTIVES["pretrain"], objective, compiler_options=options)
         return step.lower(state, batch, place(key, P()))
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llada_jax.inputs import InputError
+from llada_jax.fields import InputError
 from llada_jax.model.config import PRESETS, REMAT
 from llada_jax.model.transformer import Transformer, parameter_count, rms_norm, rope
 

@@ -18,7 +18,7 @@ MESHES = [
 
 def draw(maskable, *, stratified=False, eps=1e-3, tokens=None):
     tokens = jnp.zeros(maskable.shape, jnp.int32) if tokens is None else tokens
-    return noise.corrupt(KEY, tokens, maskable, 63, eps=eps, stratified=stratified)
+    return noise.mask_tokens(KEY, tokens, maskable, 63, eps=eps, stratified=stratified)
 
 
 @pytest.mark.parametrize("stratified", [False, True])

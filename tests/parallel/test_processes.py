@@ -17,7 +17,7 @@ import several
 from ml_collections import ConfigDict
 
 from llada_jax.data import sources
-from llada_jax.inputs import InputError
+from llada_jax.fields import InputError
 from llada_jax.parallel import processes
 from llada_jax.parallel.mesh import _across_slices
 from llada_jax.training import run as train

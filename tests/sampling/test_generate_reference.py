@@ -12,7 +12,7 @@ import pytest
 from reference import REFERENCE, load, vectors
 
 import llada_jax
-from llada_jax.inputs import InputError
+from llada_jax.fields import InputError
 from llada_jax.model.transformer import Transformer
 from llada_jax.sampling import rules
 from llada_jax.sampling.generate import Options, reverse

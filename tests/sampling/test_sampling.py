@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llada_jax.inputs import InputError
+from llada_jax.fields import InputError
 from llada_jax.model.transformer import Transformer
 from llada_jax.sampling import prompts, rules
 from llada_jax.sampling.generate import Options, generate, infill, reverse, sample

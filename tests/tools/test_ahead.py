@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llada_jax.inputs import InputError
+from llada_jax.fields import InputError
 from llada_jax.tools.ahead import chips, cost, hlo, links
 
 PROGRAM = (Path(__file__).parents[1] / "golden" / "scheduled.hlo").read_text()  # in the style of a dump, by hand

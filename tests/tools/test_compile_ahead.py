@@ -5,7 +5,7 @@ import types
 import pytest
 
 from llada_jax.config import run_config
-from llada_jax.inputs import InputError
+from llada_jax.fields import InputError
 from llada_jax.tools.ahead import compile, estimate, search, text
 from llada_jax.tools.ahead.chips import GIB, parse_topology
 

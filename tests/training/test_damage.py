@@ -12,7 +12,7 @@ from llada_jax.data import pipeline
 from llada_jax.data.pipeline import DamagedRow, batches, open_dataset, ordered
 from llada_jax.data.prepare import prepare_dataset
 from llada_jax.data.tokenizer import load_tokenizer
-from llada_jax.inputs import InputError
+from llada_jax.fields import InputError
 from llada_jax.training import run as train
 
 TOKENIZER = load_tokenizer(Path(__file__).parents[1] / "golden" / "tokenizer")

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from llada_jax.config import run_config
-from llada_jax.inputs import InputError
+from llada_jax.fields import InputError
 from llada_jax.model.transformer import Transformer
 from llada_jax.training import optimizer
 

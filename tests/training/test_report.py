@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from llada_jax.inputs import InputError
+from llada_jax.fields import InputError
 from llada_jax.tools import report as page
 
 ROOT = Path(__file__).parents[2]

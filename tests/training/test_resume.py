@@ -17,13 +17,13 @@ import pytest
 
 from llada_jax import cli
 from llada_jax.data import sources
-from llada_jax.inputs import InputError
+from llada_jax.fields import InputError
+from llada_jax.files import CHECKSUMS, write_checksums
 from llada_jax.parallel.mesh import make_mesh
 from llada_jax.tools import kill_test
 from llada_jax.tools.digest import digest
 from llada_jax.training import checkpoint, preemption, writer
 from llada_jax.training import run as train
-from llada_jax.training.checksums import NAME, write_checksums
 from llada_jax.training.step import init_state
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -182,8 +182,8 @@ def flip(place):
         (truncate, "bytes, not"),
         (flip, "the right size and another content"),
         (lambda place: largest_file(place).unlink(), "no such file"),
-        (lambda place: (place / NAME).write_text("{"), "checksums.json cannot be read"),
-        (lambda place: (place / NAME).write_text('{"../a": [1, ""]}'), "names '../a', which is not in"),
+        (lambda place: (place / CHECKSUMS).write_text("{"), "checksums.json cannot be read"),
+        (lambda place: (place / CHECKSUMS).write_text('{"../a": [1, ""]}'), "names '../a', which is not in"),
     ],
 )
 def test_a_damaged_checkpoint_is_moved_aside_and_the_one_before_taken(workdir, make_run, capsys, damage, cause):

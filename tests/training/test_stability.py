@@ -13,8 +13,9 @@ from ml_collections import ConfigDict
 
 from llada_jax.config import run_config
 from llada_jax.data import pipeline
-from llada_jax.inputs import InputError
-from llada_jax.objectives.elbo import Batch, pretrain
+from llada_jax.fields import InputError
+from llada_jax.objectives.diffusion import pretrain
+from llada_jax.objectives.elbo import Objective
 from llada_jax.parallel.mesh import make_mesh, place_rows
 from llada_jax.training import checkpoint, optimizer, stability
 from llada_jax.training import run as train
@@ -29,7 +30,7 @@ def spoiled(batch, key, model, config):
     """The pre-training objective, but for batches with such a token."""
     noisy = pretrain(batch, key, model, config)
     for token, factor in SPOILS.items():
-        noisy.weights = jnp.where(jnp.any(batch.tokens == token), factor, 1.0) * noisy.weights
+        noisy.weights = jnp.where(jnp.any(batch["tokens"] == token), factor, 1.0) * noisy.weights
     return noisy
 
 
@@ -48,14 +49,15 @@ def test_an_update_that_is_not_finite_changes_no_bit_of_parameters_and_optimizer
     config.schedule = (("constant", 1e-2, "100%"),)
     update = optimizer.make_optimizer(config, total_steps=10, tokens_per_step=1)
     objective = ConfigDict(dict(eps=1e-3, stratified=True, attention="documents"))
-    step_fn = make_train_step(update, spoiled, objective, microbatches=microbatches)
+    step_fn = make_train_step(update, Objective(spoiled), objective, microbatches=microbatches)
     mesh = make_mesh(sizes, jax.devices()[: np.prod(list(sizes.values()))])
     tokens = rng.integers(7, 60, (16, 32)).astype(np.int32)
 
     def batch(token):
         tokens[0, 0] = token
         ones = np.ones_like(tokens)
-        return Batch(*(place_rows(x, mesh) for x in (tokens, ones, ones > 0, ones.sum(1, dtype=np.int32))))
+        fields = dict(tokens=tokens, segment_ids=ones, maskable=ones > 0, answer_length=ones.sum(1, dtype=np.int32))
+        return {name: place_rows(x, mesh) for name, x in fields.items()}
 
     with jax.set_mesh(mesh):
         state = jax.jit(init_state, static_argnums=(0, 1))(tiny, update, jax.random.key(0))
@@ -74,8 +76,8 @@ def test_an_update_that_is_not_finite_changes_no_bit_of_parameters_and_optimizer
 
 
 def test_spikes_are_those_that_numpy_finds_in_a_rolling_window(rng):
-    judge = jax.jit(lambda *x: stability.judge(*x, spike_sigma=4.0, rollback_after=0))
-    guard, window = stability.fresh_guard(), [[], []]
+    judge = jax.jit(lambda *x: stability.should_skip(*x, spike_sigma=4.0, rollback_after=0))
+    guard, window = stability.fresh_state(), [[], []]
     causes = []
     for i in range(3 * stability.WINDOW):
         loss, norm = rng.normal(10.0 + i / 100, 1.0), rng.normal(3.0, 0.1)
@@ -95,15 +97,20 @@ def test_spikes_are_those_that_numpy_finds_in_a_rolling_window(rng):
 
 
 def test_without_sigma_a_spike_is_learned_from():
-    guard = stability.fresh_guard()
+    guard = stability.fresh_state()
     guard.made = jnp.int32(stability.WINDOW)
-    assert int(stability.judge(guard, jnp.float32(1e30), jnp.float32(1e30), spike_sigma=0.0, rollback_after=1)[0]) == 0
+    assert (
+        int(stability.should_skip(guard, jnp.float32(1e30), jnp.float32(1e30), spike_sigma=0.0, rollback_after=1)[0])
+        == 0
+    )
 
 
 def test_after_the_last_skip_before_a_rollback_nothing_is_learned():
-    guard, skipped = stability.fresh_guard(), []
+    guard, skipped = stability.fresh_state(), []
     for loss in (1.0, np.nan, 1.0, np.nan, np.nan, 1.0, 1.0):
-        cause, guard = stability.judge(guard, jnp.float32(loss), jnp.float32(1.0), spike_sigma=0.0, rollback_after=2)
+        cause, guard = stability.should_skip(
+            guard, jnp.float32(loss), jnp.float32(1.0), spike_sigma=0.0, rollback_after=2
+        )
         skipped.append(int(cause) > 0)
     assert skipped == [False, True, False, True, True, True, True]
 

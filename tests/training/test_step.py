@@ -10,8 +10,8 @@ import pytest
 from ml_collections import ConfigDict
 
 from llada_jax.config import run_config
-from llada_jax.inputs import InputError
-from llada_jax.objectives.elbo import Batch, objective_named, pretrain
+from llada_jax.fields import InputError
+from llada_jax.objectives import OBJECTIVES
 from llada_jax.parallel.mesh import make_mesh, place_rows
 from llada_jax.training import optimizer
 from llada_jax.training.step import init_state, make_train_step
@@ -27,12 +27,18 @@ def run(tiny, rng, *, sizes=None, microbatches=1, objective="pretrain", steps=3)
     config = run_config("tiny").optimizer
     config.schedule = (("constant", 1e-2, "100%"),)
     update = optimizer.make_optimizer(config, total_steps=10, tokens_per_step=1)
-    step_fn = make_train_step(update, objective_named(objective), OBJECTIVE, microbatches=microbatches)
+    step_fn = make_train_step(update, OBJECTIVES[objective], OBJECTIVE, microbatches=microbatches)
     mesh = make_mesh(sizes or dict(data=1, fsdp=1, tensor=1, context=1), None if sizes else jax.devices()[:1])
     with jax.set_mesh(mesh):
         init = jax.jit(init_state, static_argnums=(0, 1))
         state = init(tiny, update, jax.random.key(0))
-        batch = Batch(*(place_rows(x, mesh) for x in fields))
+        batch = dict(
+            zip(
+                ("tokens", "segment_ids", "maskable", "answer_length"),
+                (place_rows(x, mesh) for x in fields),
+                strict=True,
+            )
+        )
         history = []
         for _ in range(steps):
             state, metrics = step_fn(state, batch, jax.random.key(1))
@@ -103,7 +109,7 @@ def test_donated_state_is_not_kept(tiny):
     update = optimizer.make_optimizer(run_config("tiny").optimizer, total_steps=10, tokens_per_step=1)
     state = jax.jit(init_state, static_argnums=(0, 1))(tiny, update, jax.random.key(0))
     ones = jnp.ones((2, 8), jnp.int32)
-    batch = Batch(ones * 9, ones, ones > 0, ones[:, 0] * 8)
-    step_fn = make_train_step(update, pretrain, OBJECTIVE)
+    batch = dict(tokens=ones * 9, segment_ids=ones, maskable=ones > 0, answer_length=ones[:, 0] * 8)
+    step_fn = make_train_step(update, OBJECTIVES["pretrain"], OBJECTIVE)
     step_fn(state, batch, jax.random.key(0))
     assert state.model.wte[...].is_deleted()

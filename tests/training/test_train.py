@@ -16,7 +16,7 @@ from reference import REFERENCE
 from llada_jax import sample
 from llada_jax.data import sources
 from llada_jax.data.tokenizer import load_tokenizer
-from llada_jax.inputs import InputError
+from llada_jax.fields import InputError
 from llada_jax.interop import hf
 from llada_jax.parallel.mesh import make_mesh
 from llada_jax.training import checkpoint, loop

@@ -8,13 +8,11 @@ import numpy as np
 import pytest
 
 from llada_jax.data import pipeline
-from llada_jax.inputs import InputError
-from llada_jax.training import goodput
+from llada_jax.fields import InputError
+from llada_jax.training import monitor
 from llada_jax.training import run as train
-from llada_jax.training.events import Events
-from llada_jax.training.goodput import Goodput
 from llada_jax.training.metrics import Reporter
-from llada_jax.training.watchdog import Watchdog
+from llada_jax.training.monitor import Events, Goodput, Watchdog
 
 
 class Hours:
@@ -33,7 +31,7 @@ class Hours:
 @pytest.fixture
 def hours(monkeypatch):
     clock = Hours()
-    monkeypatch.setattr(goodput, "time", clock)
+    monkeypatch.setattr(monitor, "time", clock)
     return clock
 
 

@@ -11,7 +11,7 @@ import math
 import os
 import re
 
-from llada_jax.inputs import InputError
+from llada_jax.fields import InputError
 
 GIB = 2**30
 

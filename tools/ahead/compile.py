@@ -17,9 +17,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from llada_jax.config import RunConfig
-from llada_jax.inputs import InputError
+from llada_jax.fields import InputError
 from llada_jax.model.config import ModelConfig, model_config
-from llada_jax.objectives.elbo import Batch
 from llada_jax.parallel.mesh import make_mesh, require_divides, rows_sharding
 from llada_jax.tools.ahead import hlo
 from llada_jax.tools.ahead.chips import GIB, Slice, absent_devices
@@ -126,11 +125,14 @@ def abstract_arguments(config: RunConfig, model: ModelConfig, optax_optimizer, m
     key = on_mesh(jax.eval_shape(lambda: jax.random.key(0)))
     state = jax.tree.map(on_mesh, jax.eval_shape(lambda k: init_state(model, optax_optimizer, k), key))
     rows = config.train.batch_size, config.data.row_length
-    fields: Any = (
-        jax.ShapeDtypeStruct(rows[:ndim], dtype, sharding=rows_sharding(mesh, ndim))
-        for ndim, dtype in ((2, jnp.int32), (2, jnp.int32), (2, jnp.bool_), (1, jnp.int32))
+    fields = dict(
+        tokens=(2, jnp.int32), segment_ids=(2, jnp.int32), maskable=(2, jnp.bool_), answer_length=(1, jnp.int32)
     )
-    return state, Batch(*fields), key
+    batch = {
+        name: jax.ShapeDtypeStruct(rows[:ndim], dtype, sharding=rows_sharding(mesh, ndim))
+        for name, (ndim, dtype) in fields.items()
+    }
+    return state, batch, key
 
 
 def _device_bytes(tree) -> int:

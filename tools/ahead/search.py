@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from llada_jax.config import RunConfig
-from llada_jax.inputs import InputError
+from llada_jax.fields import InputError
 from llada_jax.model.config import REMAT, model_config
 from llada_jax.tools.ahead.chips import Slice
 from llada_jax.tools.ahead.compile import compile_step

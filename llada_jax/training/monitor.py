@@ -1,16 +1,39 @@
-"""Goodput: how much of a run's time went into steps that count, and what took the rest.
+"""What a run says of itself besides its numbers: events, goodput, and where it stands still.
 
-Counted over the life of a workdir, through kills and restarts, in goodput.json, which is replaced every few seconds.
+Goodput is how much of a run's time went into steps that count, and what took the rest. It is counted over the life of a
+workdir, through kills and restarts, in goodput.json, which is replaced every few seconds.
 """
 
+import faulthandler
 import json
+import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
 from typing import NamedTuple
 
-from llada_jax.inputs import InputError
+import jax
+
+from llada_jax.fields import InputError
 from llada_jax.parallel import processes
+
+
+class Events:
+    """Appends lines {"time", "step", "event", "cause", "action"} to `workdir`/events.jsonl, on the first process only.
+
+    time: seconds since 1970.
+    """
+
+    def __init__(self, workdir: str | Path):
+        self._path = Path(workdir) / "events.jsonl"
+
+    def write(self, event: str, *, step: int, cause: str, action: str) -> None:
+        line = {"time": time.time(), "step": step, "event": event, "cause": cause, "action": action}
+        if processes.is_first():
+            with self._path.open("a", encoding="utf-8") as file:  # closed at once: a kill loses nothing
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
 
 # Where time goes, as it is told; "step" is the good part. "again": steps computed before, lost to a kill or undone by a
 # rollback. "down": from the last sign of life of one process to the start of the next.
@@ -97,3 +120,54 @@ class Goodput:
 def _clock(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+
+
+_UNTIMED = ("start", "compile", "restore")  # may take long
+_WRITE_SECONDS = 5.0
+
+
+class Watchdog:
+    """Watches `goodput` until `close`: a phase of more than `stall_seconds` is reported once (0: never).
+
+    Each process tells its own on stderr, with the stacks of all its threads; the first also in events.jsonl.
+    """
+
+    def __init__(self, goodput: Goodput, events: Events, stall_seconds: float):
+        self._goodput, self._events, self._stall_seconds = goodput, events, stall_seconds
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._goodput.write()
+
+    def _watch(self) -> None:
+        reported, written, failure = None, time.monotonic(), ""
+        while not self._stop.wait(min(1.0, self._stall_seconds / 4 or 1.0)):
+            now, moment = self._goodput.now, time.monotonic()
+            if 0 < self._stall_seconds < moment - now.since and now.phase not in _UNTIMED and now != reported:
+                reported = now
+                self._report(now.phase, now.step, moment - now.since)
+            if moment - written > _WRITE_SECONDS:
+                written = moment
+                try:
+                    self._goodput.write()
+                except OSError as error:
+                    if str(error) != failure:  # once, not every few seconds
+                        failure = str(error)
+                        print(f"goodput.json is not up to date: {failure}", file=sys.stderr)
+
+    def _report(self, phase: str, step: int, seconds: float) -> None:
+        cause = f"process {jax.process_index()} has been in phase {phase!r} for {seconds:.0f} seconds"
+        stacks = _stacks()
+        print(f"stalled at step {step}: {cause}; its threads:\n{stacks}", file=sys.stderr, flush=True)
+        self._events.write("stall", step=step, cause=f"{cause}\n{stacks}", action="reported; the run goes on waiting")
+
+
+def _stacks() -> str:
+    with tempfile.TemporaryFile("w+") as file:
+        faulthandler.dump_traceback(file, all_threads=True)
+        file.seek(0)
+        return file.read()
