@@ -16,12 +16,12 @@ from llada_jax import cli
 from llada_jax.data.tokenizer import Tokenizer, load_tokenizer
 from llada_jax.fields import InputError
 from llada_jax.interop import hf
+from llada_jax.interop.workdir import load_config
 from llada_jax.parallel import processes
 from llada_jax.parallel.mesh import make_mesh
 from llada_jax.sampling import prompts
 from llada_jax.sampling.generate import generate, infill
 from llada_jax.streams import stream
-from llada_jax.training import checkpoint
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "The workdir of a training run, or a published checkpoint.")
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "The prompt; may be given several times. [MASK] or [MASK*N]: masks.")
@@ -37,7 +37,7 @@ _TRAJECTORY = flags.DEFINE_bool("trajectory", False, "Show the text after every 
 
 
 def main(_argv: list[str]) -> None:
-    with processes.together():
+    with processes.all_or_none():
         workdir, objective, tokenizer = _open()
     with contextlib.ExitStack() as stack:
         mesh = None
@@ -63,7 +63,7 @@ def _open() -> tuple[Path, str | None, Tokenizer]:
     if not _PROMPT.value or not all(_PROMPT.value):
         raise InputError("--prompt is needed and must not be empty")
     workdir = Path(_CHECKPOINT.value)
-    config = checkpoint.load_config(workdir)
+    config = load_config(workdir)
     objective = config.get("objective", {}).get("name")  # a published model tells of none, also when converted
     if objective == "autoregressive":
         raise InputError(f"{workdir}: holds an autoregressive control; the diffusion sampler can't use it")

@@ -20,6 +20,7 @@ from llada_jax.config import run_config
 from llada_jax.data import pipeline, prepare, sources
 from llada_jax.data.tokenizer import BOS, END_HEADER, EOS, EOT, MASK, START_HEADER, load_tokenizer, train_tokenizer
 from llada_jax.fields import InputError
+from llada_jax.interop.workdir import abstract_model, frugal, named_leaves
 from llada_jax.model.config import PRESETS
 
 GOLDEN = Path(__file__).parent / "golden" / "tokenizer"
@@ -226,12 +227,10 @@ def make_ocdbt_checkpoint(root):
     """As runs save them."""
     from orbax.checkpoint import v1 as ocp
 
-    from llada_jax.training import checkpoint
-
     step = _make_workdir(root) / "checkpoints" / "0"
     shutil.rmtree(step)
-    leaves = dict(checkpoint.named_leaves(_model()))
-    with checkpoint.frugal(leaves.values()):
+    leaves = dict(named_leaves(_model()))
+    with frugal(leaves.values()):
         ocp.save_checkpointables(str(step), {"model": leaves})
     return [path for path in step.rglob("*") if path.is_file()]
 
@@ -241,7 +240,7 @@ def read_run_config(root):
     from llada_jax.training import checkpoint
 
     model = hf.load_config(root / "w")
-    checkpoint.abstract_model(model, None)
+    abstract_model(model, None)
     config = run_config("tiny")
     config.model.update(dataclasses.asdict(model))
     checkpoint.claim_workdir(root / "w", config)

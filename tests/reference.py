@@ -11,8 +11,8 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from llada_jax.interop import hf, tensor_names
+from llada_jax.interop.workdir import abstract_model, named_leaves
 from llada_jax.model.config import ModelConfig
-from llada_jax.training.checkpoint import abstract_model, named_leaves
 
 REFERENCE = Path(__file__).parent / "golden" / "reference"
 

@@ -24,11 +24,11 @@ from llada_jax.data.tokenizer import load_tokenizer
 from llada_jax.evaluation import likelihood, reversal
 from llada_jax.fields import InputError
 from llada_jax.interop import hf
+from llada_jax.interop.workdir import load_model
 from llada_jax.objectives import OBJECTIVES
 from llada_jax.parallel import processes
-from llada_jax.parallel.mesh import AXES, make_mesh, place_rows, rows_of_process
+from llada_jax.parallel.mesh import AXES, global_batch, make_mesh, rows_of_process
 from llada_jax.streams import stream
-from llada_jax.training import checkpoint
 from llada_jax.training import run as train
 
 
@@ -113,7 +113,7 @@ def place(sizes, order, batch_size):
     rows = rows_of_process(mesh, batch_size)
     whole = np.arange(batch_size * 8, dtype=np.int32).reshape(batch_size, 8)
     with jax.set_mesh(mesh):
-        placed = place_rows(whole[rows], mesh, batch_size)
+        placed = global_batch(whole[rows], mesh, batch_size)
         replicated = jax.jit(lambda x: jax.sharding.reshard(x, P(None, None)))(placed)
     return [rows.tolist(), bool((np.asarray(replicated.addressable_data(0)) == whole).all())]
 
@@ -123,7 +123,7 @@ def evaluate(workdir, sizes, couplets):
     mesh = make_mesh(sizes)
     tokenizer = load_tokenizer(Path(workdir) / "tokenizer")
     with jax.set_mesh(mesh):
-        model = checkpoint.load_model(workdir, mesh)
+        model = load_model(workdir, mesh)
         lines, _ = reversal.fill_lines(model, tokenizer, couplets, "backward")
         prompt, answer = (tokenizer.encode(line) for line in couplets[0])
         score = likelihood.log_likelihood(model, prompt, answer, mc_num=8, batch_size=8)
@@ -146,12 +146,12 @@ def save(workdir, target, full_disk=False):
 
         hf.files.write_file = write_file
     with jax.set_mesh(mesh):
-        hf.save_hf(checkpoint.load_model(workdir, mesh), target)
+        hf.save_hf(load_model(workdir, mesh), target)
 
 
 def fail(process):
     """One process raises what no other does, inside `together`."""
-    with processes.together():
+    with processes.all_or_none():
         if jax.process_index() == process:
             raise InputError("row 7 can't be read")
 

@@ -19,7 +19,6 @@ FLOORS = [
     ["evaluation"],
     ["training.monitor", "training.optimizer", "training.stability"],
     ["training.step"],
-    ["training.checkpoint"],
     ["interop"],
     ["training"],
     ["train", "sample"],

@@ -29,7 +29,7 @@ from llada_jax.config import run_config
 from llada_jax.fields import InputError
 from llada_jax.model.config import PRESETS, ModelConfig
 from llada_jax.objectives import OBJECTIVES
-from llada_jax.parallel.mesh import make_mesh, place_rows
+from llada_jax.parallel.mesh import global_batch, make_mesh
 from llada_jax.training.step import init_state, make_train_step
 
 SHAPE = flags.DEFINE_string("shape", "small", "Of `train`: small, vocabulary, or a preset of llada_jax/config.py.")
@@ -87,7 +87,7 @@ class Step:
             tokens=tokens_BL, segment_ids=np.ones_like(tokens_BL), maskable=np.ones_like(tokens_BL, bool),
             answer_length=np.full(rows, length, np.int32),
         )  # fmt: skip
-        self.batch = {name: place_rows(x, mesh) for name, x in batch.items()}
+        self.batch = {name: global_batch(x, mesh) for name, x in batch.items()}
         self.key = jax.random.key(1)
         step = make_train_step(adamw, OBJECTIVES["pretrain"], config.objective, compiler_options=options)
         start = time.perf_counter()
@@ -219,7 +219,7 @@ def data() -> None:
         for _ in range(STEPS.value + 1):
             start, count = time.perf_counter(), 0
             while time.perf_counter() - start < 0.5:
-                batch = {k: place_rows(x, mesh) for k, x in next(batches).items()}
+                batch = {k: global_batch(x, mesh) for k, x in next(batches).items()}
                 count += jax.block_until_ready(batch)["tokens"].size
             rates.append(count / (time.perf_counter() - start))
     rates = sorted(rates[1:])

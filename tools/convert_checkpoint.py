@@ -22,9 +22,9 @@ from llada_jax import cli
 from llada_jax.fields import InputError
 from llada_jax.files import parse_json, read_json
 from llada_jax.interop import hf
+from llada_jax.interop.workdir import load_config
 from llada_jax.model.config import ModelConfig
 from llada_jax.model.transformer import Block, Transformer, rms_norm
-from llada_jax.training import checkpoint
 
 # Largest difference between our float32 logits and PyTorch's, as a part of the largest logit. The order of sums makes
 # 1e-7 to 1e-5, and 3e-4 in a random model of 32 layers so sharp that bfloat16 moves its logits by half; exchanging two
@@ -134,7 +134,7 @@ def _missing_code(directory: Path) -> list[str]:
 
 def _published_dtype(source: Path) -> str | None:
     """The dtype of the published model that a run began with, as its config.json tells; None where there is none."""
-    model = checkpoint.load_config(source).get("model") or {}
+    model = load_config(source).get("model") or {}
     told = parse_json(model.get("published") or "{}", f"{source / 'config.json'}: model.published")
     dtype = told.get("torch_dtype", told.get("dtype"))
     return dtype if dtype in ("float32", "bfloat16") else None

@@ -16,6 +16,7 @@ from absl import flags
 from llada_jax import cli
 from llada_jax.fields import InputError
 from llada_jax.files import damage
+from llada_jax.interop.workdir import frugal, place_of, readable
 
 
 def digest(workdir: str | Path, step: int | None = None) -> tuple[int, str]:
@@ -27,18 +28,16 @@ def digest(workdir: str | Path, step: int | None = None) -> tuple[int, str]:
     import numpy as np
     from orbax.checkpoint import v1 as ocp
 
-    from llada_jax.training import checkpoint
-
-    place = checkpoint.place_of(workdir, step)
+    place = place_of(workdir, step)
     if found := damage(place):
         raise InputError(f"{place}: damaged ({found})")
     sha, device = hashlib.sha256(), jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    with checkpoint.readable(place):
+    with readable(place):
         metadata: Any = ocp.checkpointables_metadata(str(place))
         stored = {(part, name): x for part in metadata.metadata for name, x in metadata.metadata[part].items()}
         for (part, name), x in sorted(stored.items()):
             like = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device)
-            context = checkpoint.frugal([like])
+            context = frugal([like])
             context.pytree.loading.partial_load = True
             with context:
                 array = np.asarray(ocp.load_checkpointables(str(place), {part: {name: like}})[part][name])

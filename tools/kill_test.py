@@ -23,8 +23,8 @@ os.environ["JAX_PLATFORMS"] = "cpu"  # before JAX: what is compared is read here
 
 from llada_jax import cli
 from llada_jax.fields import InputError
+from llada_jax.interop.workdir import saved_steps
 from llada_jax.tools.digest import digest
-from llada_jax.training.checkpoint import saved_steps
 
 ROOT = Path(__file__).resolve().parents[1]
 # A model that steps in milliseconds, so that most of a run is what kills may hit: beginning, saving, restoring.

@@ -20,11 +20,11 @@ from llada_jax.data import prepare, sources
 from llada_jax.data.tokenizer import load_tokenizer, train_tokenizer
 from llada_jax.evaluation import reversal
 from llada_jax.fields import InputError
+from llada_jax.interop.workdir import load_model
 from llada_jax.model.transformer import parameter_count
 from llada_jax.sampling import prompts
 from llada_jax.sampling.generate import sample
 from llada_jax.tools import report
-from llada_jax.training import checkpoint
 from llada_jax.training.run import train
 
 # The first phrasing of each direction is the one that is asked; all are taught.
@@ -43,7 +43,7 @@ def quickstart(config: RunConfig, workdir: Path) -> dict:
     for kind in KINDS:
         with clock.stage(f"{NAMES[kind]}: pre-training"):
             train(_pretraining(config, kind, corpus, workdir), workdir / runs[kind], title=f"{kind} pre-training")
-    models = {kind: checkpoint.load_model(workdir / runs[kind]) for kind in KINDS}
+    models = {kind: load_model(workdir / runs[kind]) for kind in KINDS}
     tokenizer = load_tokenizer(workdir / "tokenizer.model")
     with clock.stage("reversal"):
         table, lines, trajectories = compare(models, tokenizer, couplets)
@@ -53,7 +53,7 @@ def quickstart(config: RunConfig, workdir: Path) -> dict:
     for kind in KINDS:
         with clock.stage(f"{NAMES[kind]}: fine-tuning"):
             train(_fine_tuning(config, kind, workdir), workdir / runs[f"{kind}_sft"], title=f"{kind} fine-tuning")
-    tuned = {kind: checkpoint.load_model(workdir / runs[f"{kind}_sft"]) for kind in KINDS}
+    tuned = {kind: load_model(workdir / runs[f"{kind}_sft"]) for kind in KINDS}
     with clock.stage("questions"):
         questions, more = ask_all(tuned, tokenizer, taught, asked)
         print_questions(questions)

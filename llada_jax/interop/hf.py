@@ -23,12 +23,11 @@ from orbax.checkpoint import v1 as ocp
 from llada_jax.data.shards import atomic_directory
 from llada_jax.fields import InputError
 from llada_jax.files import parse_json, read_json
-from llada_jax.interop import hf_config, tensor_names
+from llada_jax.interop import hf_config, tensor_names, workdir
 from llada_jax.interop import safetensors_io as files
 from llada_jax.model.config import ModelConfig, model_config
 from llada_jax.model.transformer import Transformer
 from llada_jax.parallel import processes
-from llada_jax.training import checkpoint
 
 # What travels with a model besides its weights: the tokenizer, generation settings, and the code that auto_map names.
 COMPANIONS = (
@@ -58,9 +57,9 @@ def load(path: str | Path, dtype=None, mesh=None, *, progress: Progress = lambda
     stored = files.read_directory(directory)
     config = load_config(directory, dtype or _compute_dtype(stored, directory))
     parts = _assign(stored, config, directory)
-    like = checkpoint.abstract_model(config, mesh)
+    like = workdir.abstract_model(config, mesh)
     leaves = []
-    for name, leaf in checkpoint.named_leaves(like):
+    for name, leaf in workdir.named_leaves(like):
         kind = dtype or jnp.result_type(*(files.DTYPES[part.dtype] for part in parts[name]))
         leaves.append(_parameter(leaf, np.dtype(kind), parts[name], name.startswith("blocks."), progress))
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
@@ -93,7 +92,7 @@ def save_hf(
     processes all must call it; the first writes.
     """
     plan = _plan(model, max_shard_size)
-    with processes.together():
+    with processes.all_or_none():
         try:
             if processes.is_first():
                 with new_directory(Path(path)) as temporary:
@@ -130,7 +129,7 @@ class _Plan(NamedTuple):
 
 
 def _plan(model: Transformer, max_shard_size: str | int) -> _Plan:
-    config, leaves = model.config, dict(checkpoint.named_leaves(model))
+    config, leaves = model.config, dict(workdir.named_leaves(model))
     text = hf_config.write_config(config, _float_name(leaves["wte"].dtype))
     tensors = {t.name: t for t in tensor_names.tensors(config)}
     file_dtype = {dtype: name for name, dtype in files.DTYPES.items()}
@@ -159,11 +158,11 @@ def write_workdir(model: Transformer, directory: Path, source_dir: str | Path | 
     """`save_workdir` into a directory that is there."""
     if source_dir is not None:
         copy_companions(source_dir, directory / "tokenizer")
-    leaves = dict(checkpoint.named_leaves(model))
+    leaves = dict(workdir.named_leaves(model))
     with (
         _gone_on_failure(directory / "checkpoints") as place,
         ocp.training.Checkpointer(epath.Path(place).resolve()) as orbax,
-        checkpoint.frugal(leaves.values(), ocdbt=False),
+        workdir.frugal(leaves.values(), ocdbt=False),
     ):
         orbax.save_checkpointables(0, {"model": leaves})
     config = {"model": dataclasses.asdict(model.config)}
@@ -217,10 +216,10 @@ def _is_workdir(config: dict) -> bool:
 
 def _load_workdir(directory: Path, dtype: str | None, mesh) -> Transformer:
     """The newest checkpoint of a run: parameters as stored and the run's compute dtype, or both as given."""
-    model = checkpoint.load_model(directory, mesh, dtype)
+    model = workdir.load_model(directory, mesh, dtype)
     if dtype is None:
         return model
-    like = checkpoint.abstract_model(dataclasses.replace(model.config, dtype=dtype), mesh)
+    like = workdir.abstract_model(dataclasses.replace(model.config, dtype=dtype), mesh)
     return jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(model))
 
 

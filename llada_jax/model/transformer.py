@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from llada_jax.model.attention import attention
 from llada_jax.model.config import ModelConfig
-from llada_jax.parallel.mesh import BATCH, HIDDEN, platform, reshard, spec, use
+from llada_jax.parallel.mesh import BATCH, HIDDEN, gather_fsdp, platform, reshard, spec
 
 # What the backward pass of a layer finds instead of computing it again, by config.model.remat; of the layers' inputs
 # there is always a copy. Names: "input" of the layer, "qkv" after the rotation, "attention" with its log of sums,
@@ -67,22 +67,24 @@ class Block(nnx.Module):
     def __call__(self, x_BLD: jax.Array, segment_ids_BL: jax.Array | None) -> jax.Array:
         c, dtype = self.config, self.config.dtype
         heads = spec(BATCH, "tensor", "context", None)
-        h_BLD = rms_norm(x_BLD, use(self.attn_norm, x_BLD.dtype), c.rms_norm_eps).astype(dtype)
+        h_BLD = rms_norm(x_BLD, gather_fsdp(self.attn_norm, x_BLD.dtype), c.rms_norm_eps).astype(dtype)
         q, k, v = (
-            jnp.einsum("BLD,NHD->BNLH", h_BLD, use(w, dtype), out_sharding=heads)
+            jnp.einsum("BLD,NHD->BNLH", h_BLD, gather_fsdp(w, dtype), out_sharding=heads)
             for w in (self.q_proj, self.k_proj, self.v_proj)
         )
         q, k, v = (checkpoint_name(x, "qkv") for x in (rope(q, c.rope_theta), rope(k, c.rope_theta), v))
         a_BNLH = attention(q, k, v, segment_ids_BL, c.causal, c.attention_kernel)
-        out = jnp.einsum("BNLH,DNH->BLD", a_BNLH, use(self.attn_out, dtype), out_sharding=_hidden())
+        out = jnp.einsum("BNLH,DNH->BLD", a_BNLH, gather_fsdp(self.attn_out, dtype), out_sharding=_hidden())
         x_BLD += checkpoint_name(out, "attn_out")
-        h_BLD = rms_norm(x_BLD, use(self.ff_norm, x_BLD.dtype), c.rms_norm_eps).astype(dtype)
+        h_BLD = rms_norm(x_BLD, gather_fsdp(self.ff_norm, x_BLD.dtype), c.rms_norm_eps).astype(dtype)
         wide = spec(BATCH, "context", "tensor")
         gate_BLF, up_BLF = (
-            checkpoint_name(jnp.einsum("BLD,FD->BLF", h_BLD, use(w, dtype), out_sharding=wide), "mlp")
+            checkpoint_name(jnp.einsum("BLD,FD->BLF", h_BLD, gather_fsdp(w, dtype), out_sharding=wide), "mlp")
             for w in (self.ff_proj, self.up_proj)
         )
-        out = jnp.einsum("BLF,DF->BLD", jax.nn.silu(gate_BLF) * up_BLF, use(self.ff_out, dtype), out_sharding=_hidden())
+        out = jnp.einsum(
+            "BLF,DF->BLD", jax.nn.silu(gate_BLF) * up_BLF, gather_fsdp(self.ff_out, dtype), out_sharding=_hidden()
+        )
         return x_BLD + out
 
 
@@ -126,7 +128,7 @@ class Transformer(nnx.Module):
         if c.remat != "none":
             layer = jax.checkpoint(layer, prevent_cse=False, policy=_POLICIES[c.remat])
         x_BLD, _ = jax.lax.scan(layer, x_BLD, self.blocks, unroll=_unroll(c))
-        return rms_norm(x_BLD, use(self.ln_f, x_BLD.dtype), c.rms_norm_eps).astype(c.dtype)
+        return rms_norm(x_BLD, gather_fsdp(self.ln_f, x_BLD.dtype), c.rms_norm_eps).astype(c.dtype)
 
     def __call__(self, tokens_BL: jax.Array, segment_ids_BL: jax.Array | None = None) -> jax.Array:
         """Logits, [B, L, V] in the compute dtype, for int32 token ids [B, L].
@@ -135,7 +137,7 @@ class Transformer(nnx.Module):
         """
         x_BLD = self.hidden(tokens_BL, segment_ids_BL)
         logits = spec(BATCH, "context", "tensor")
-        return jnp.einsum("BLD,VD->BLV", x_BLD, use(self.head, x_BLD.dtype), out_sharding=logits)
+        return jnp.einsum("BLD,VD->BLV", x_BLD, gather_fsdp(self.head, x_BLD.dtype), out_sharding=logits)
 
 
 def parameter_count(c: ModelConfig) -> int:

@@ -121,7 +121,7 @@ def reshard(x: jax.Array, *axes) -> jax.Array:
     return x if current_mesh() is None else jax.sharding.reshard(x, P(*axes))
 
 
-def use(param, dtype) -> jax.Array:
+def gather_fsdp(param, dtype) -> jax.Array:
     """FSDP in one line: a parameter cast for compute, then gathered over fsdp (it stays split over tensor)."""
     w = param[...].astype(dtype)
     if current_mesh() is None:
@@ -140,7 +140,7 @@ def rows_of_process(mesh: Mesh, batch_size: int) -> np.ndarray:
     return np.unique([row for index in parts if index for row in range(*index[0].indices(batch_size))])
 
 
-def place_rows(x_host: np.ndarray, mesh: Mesh, batch_size: int | None = None) -> jax.Array:
+def global_batch(x_host: np.ndarray, mesh: Mesh, batch_size: int | None = None) -> jax.Array:
     """A global array [batch_size, ...] of which `x_host` holds the rows of this process; None: it holds all of them."""
     rows = np.arange(len(x_host)) if batch_size is None else rows_of_process(mesh, batch_size)
     size = batch_size or len(x_host)

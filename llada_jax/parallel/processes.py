@@ -1,8 +1,8 @@
 """Several processes as one run: how they find each other, and how they fail together.
 
 On one process everything here does nothing. On several, each runs the same program over its own devices; the first
-writes. What only one may do (prepare data, claim a workdir) stands in `once`; what may go wrong on some process only
-stands in `together`, so that no process waits for one that has given up.
+writes. What only one may do (prepare data, claim a workdir) stands in `on_first_process`; what may go wrong on some
+process only stands in `all_or_none`, so that no process waits for one that has given up.
 """
 
 import atexit
@@ -96,7 +96,7 @@ def is_first() -> bool:
 
 
 @contextlib.contextmanager
-def together() -> Iterator[None]:
+def all_or_none() -> Iterator[None]:
     """A section that every process completes, or none: if one fails, all raise its error, the others as InputError.
 
     Inside, no process may wait for another but with the functions of this module.
@@ -115,19 +115,19 @@ def together() -> Iterator[None]:
     _exchange()
 
 
-def once(work: Callable[[], object]) -> Any:
+def on_first_process(work: Callable[[], object]) -> Any:
     """What `work` returns, short and in JSON's types: run on the first process while the others wait.
 
     If it fails, every process does.
     """
     result = None
-    with together():
+    with all_or_none():
         if is_first():
             result = work()
-    return json.loads(gathered(json.dumps(result))[0])
+    return json.loads(all_gather(json.dumps(result))[0])
 
 
-def gathered(value: str) -> list[str]:
+def all_gather(value: str) -> list[str]:
     """The value of every process, on every process."""
     return [value] if jax.process_count() == 1 else _exchange(value)
 

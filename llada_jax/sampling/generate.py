@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from llada_jax import inputs
 from llada_jax.fields import InputError
 from llada_jax.inputs import require
-from llada_jax.parallel.mesh import BATCH, current_mesh, reshard, spec, use
+from llada_jax.parallel.mesh import BATCH, current_mesh, gather_fsdp, reshard, spec
 from llada_jax.sampling import rules
 
 
@@ -100,7 +100,7 @@ class Options:
 
 
 @functools.partial(jax.jit, static_argnames="options")
-def reverse(
+def denoise(
     model, canvas_BS: jax.Array, visible_BS: jax.Array | None, key: jax.Array, options: Options,
     draws: tuple[jax.Array | None, jax.Array | None] = (None, None),
 ) -> Sampled:  # fmt: skip
@@ -132,7 +132,7 @@ def reverse(
     def logits(hidden_BSD, first):
         """[B, W, V] float32 at the window that starts at column `first`."""
         hidden_BWD = jax.lax.dynamic_slice_in_dim(hidden_BSD, first, W, axis=1)
-        head = use(model.head, hidden_BWD.dtype)
+        head = gather_fsdp(model.head, hidden_BWD.dtype)
         out = jnp.einsum("BWD,VD->BWV", hidden_BWD, head, preferred_element_type=jnp.float32, out_sharding=spec(BATCH))
         if o.cfg_scale > 0:
             conditional, unconditional = jnp.split(out, 2)
@@ -159,7 +159,7 @@ def reverse(
                     None if noise_TBSV is None else jax.lax.dynamic_slice_in_dim(noise_TBSV[t], first, W, axis=1)
                 )
                 out_BWV = logits(hidden_BSD, first)
-                chosen_BW = rules.choose(noise_key, out_BWV, o.temperature, o.mask_id, from_end_W, noise_BWV)
+                chosen_BW = rules.sample_tokens(noise_key, out_BWV, o.temperature, o.mask_id, from_end_W, noise_BWV)
                 last = (o.eos_id, o.eot_id) if o.confidence_eos_eot_inf else ()
                 predicted = chosen_BW, rules.confidence(out_BWV, chosen_BW, last)
                 return tuple(
@@ -173,7 +173,7 @@ def reverse(
             if o.remasking == "random":
                 score_BS = rules.random_score(order_key, B, S - 1 - columns_S) if order_TBS is None else order_TBS[t]
             open_BS = (x_BS == o.mask_id) & (columns_S < end)
-            commit_BS = rules.most_confident(score_BS, open_BS, rules.quota(masks_B, steps, i))
+            commit_BS = rules.commit_top_k(score_BS, open_BS, rules.tokens_per_step(masks_B, steps, i))
             found = chosen_BS, t, jax.nn.sigmoid(log_odds_BS)
             old = x_BS, step_BS, probability_BS
             return i + 1, tuple(jnp.where(commit_BS, new, was) for new, was in zip(found, old, strict=True))
@@ -211,10 +211,10 @@ def infill(
 
 
 def _reverse_rows(model, canvas: np.ndarray, visible: np.ndarray | None, key, options: Options) -> Sampled:
-    """`reverse` for any number of rows: on a mesh they are filled up with copies to what its axes divide."""
+    """`denoise` for any number of rows: on a mesh they are filled up with copies to what its axes divide."""
     mesh = current_mesh()
     if mesh is None:
-        return reverse(model, jnp.asarray(canvas), None if visible is None else jnp.asarray(visible), key, options)
+        return denoise(model, jnp.asarray(canvas), None if visible is None else jnp.asarray(visible), key, options)
     if canvas.shape[1] % mesh.shape["context"]:
         raise InputError(
             f"{canvas.shape[1]} tokens do not split over {mesh.shape['context']} devices of config.mesh.context"
@@ -222,7 +222,7 @@ def _reverse_rows(model, canvas: np.ndarray, visible: np.ndarray | None, key, op
     rows = len(canvas)
     filled = np.resize(np.arange(rows), -(-rows // _rows_divisor(mesh)) * _rows_divisor(mesh))
     place = lambda x: None if x is None else jax.device_put(x[filled], P(BATCH, None))  # noqa: E731
-    sampled = reverse(model, place(canvas), place(visible), key, options)
+    sampled = denoise(model, place(canvas), place(visible), key, options)
     return jax.tree.map(lambda x: jnp.asarray(multihost_utils.process_allgather(x, tiled=True))[:rows], sampled)
 
 

@@ -15,7 +15,7 @@ from llada_jax.parallel.mesh import BATCH, reshard
 _LAST = -1e30  # score of what may be committed, but only when nothing else is left
 
 
-def choose(
+def sample_tokens(
     key: jax.Array, logits_BWV: jax.Array, temperature: float, mask_id: int,
     columns_W: jax.Array | None = None, noise_BWV: jax.Array | None = None,
 ) -> jax.Array:  # fmt: skip
@@ -62,12 +62,12 @@ def confidence(logits_BWV: jax.Array, tokens_BW: jax.Array, last_ids: tuple[int,
     return jnp.maximum(own_BW - others_BW, _LAST)
 
 
-def quota(masks_B: jax.Array, steps: int, step: jax.Array) -> jax.Array:
+def tokens_per_step(masks_B: jax.Array, steps: int, step: jax.Array) -> jax.Array:
     """How many of a block's masks to commit at a step: spread evenly, the remainder on the first steps."""
     return masks_B // steps + (step < masks_B % steps)
 
 
-def most_confident(score_BW: jax.Array, open_BW: jax.Array, count_B: jax.Array) -> jax.Array:
+def commit_top_k(score_BW: jax.Array, open_BW: jax.Array, count_B: jax.Array) -> jax.Array:
     """The `count` open positions of the highest score in each row, bool [B, W]; ties go to the left."""
     order_BW = jnp.argsort(jnp.where(open_BW, -score_BW, jnp.inf), axis=-1, stable=True)
     rank_BW = jnp.argsort(order_BW, axis=-1)

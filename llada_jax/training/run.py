@@ -26,7 +26,7 @@ from llada_jax.model.transformer import parameter_count
 from llada_jax.objectives import OBJECTIVES
 from llada_jax.objectives.elbo import Batch
 from llada_jax.parallel import chips, processes
-from llada_jax.parallel.mesh import make_mesh, mesh_shape, place_rows, platform, require_divides, rows_of_process
+from llada_jax.parallel.mesh import global_batch, make_mesh, mesh_shape, platform, require_divides, rows_of_process
 from llada_jax.sampling import prompts
 from llada_jax.streams import stream
 from llada_jax.training import checkpoint, optimizer, preemption, stability
@@ -50,7 +50,7 @@ def train(
             return _train(config, workdir, title, allow_config_change)
         except stability.Diverged as error:
             failure = error.with_traceback(None)  # which would keep the state in memory
-        processes.once(functools.partial(_roll_back, Path(workdir), config.train, failure))
+        processes.on_first_process(functools.partial(_roll_back, Path(workdir), config.train, failure))
 
 
 def _roll_back(workdir: Path, fields, failure: stability.Diverged) -> None:
@@ -65,7 +65,7 @@ def _train(config: RunConfig, workdir: str | Path, title: str, allow_config_chan
     workdir = Path(workdir)
     config = config.copy_and_resolve_references()
     total, rows_per_step = config.train.steps, config.train.batch_size
-    with _nothing_left_behind(workdir), processes.together():
+    with _nothing_left_behind(workdir), processes.all_or_none():
         processes.agree("config or --workdir", [config.to_dict(), str(workdir)])
         check(config, jax.device_count())
         kernel_for(config.model.attention_kernel, platform(), config.model.dtype)
@@ -77,7 +77,7 @@ def _train(config: RunConfig, workdir: str | Path, title: str, allow_config_chan
         model = fit_to_tokenizer(config, tokenizer)
         require_divides(model, mesh, config.data.row_length)
         datasets = [source.path for source in (*rows.sources, *filter(None, [validation]))]
-        processes.once(lambda: _claim(workdir, config, tokenizer, datasets, allow_config_change))
+        processes.on_first_process(lambda: _claim(workdir, config, tokenizer, datasets, allow_config_change))
         _require_shared(workdir / "config.json")
 
     clock, events = Goodput(workdir, begun), Events(workdir)
@@ -85,9 +85,11 @@ def _train(config: RunConfig, workdir: str | Path, title: str, allow_config_chan
         saver = checkpoint.Checkpointer(workdir, config)
         state, notes = _start(config, model, optax_optimizer, saver, mesh, options, clock)
         first = int(state.step)
-        state.guard = stability.resumed(state.guard, processes.once(lambda: stability.rollback_to(workdir, first)))
+        state.guard = stability.resumed(
+            state.guard, processes.on_first_process(lambda: stability.rollback_to(workdir, first))
+        )
         schedule = optimizer.make_schedule(config.optimizer.schedule, **_phases(config))
-        with processes.together():
+        with processes.all_or_none():
             reporter = Reporter(
                 workdir, model, rows=rows_per_step, length=config.data.row_length,
                 tokens_per_byte=_tokens_per_byte(rows), schedule=schedule,
@@ -202,7 +204,7 @@ def open_data(config: RunConfig, workdir: Path):
     data = config.data
     path = Path(data.path) if data.path else workdir / "data"
     if not data.path:
-        processes.once(lambda: _prepare(config, workdir, path))
+        processes.on_first_process(lambda: _prepare(config, workdir, path))
         _require_shared(path)
     weighted = [(path, 1.0), *((Path(other), float(weight)) for other, weight in data.mixture)]
     opened = [pipeline.open_dataset(other) for other, _ in weighted]
@@ -355,7 +357,7 @@ def _batches(config, order, tokenizer, first, mesh, offset=0) -> Iterator[Batch]
 
 
 def _placed(batch: dict[str, np.ndarray], mesh, batch_size: int) -> Batch:
-    return {name: place_rows(x, mesh, batch_size) for name, x in batch.items()}
+    return {name: global_batch(x, mesh, batch_size) for name, x in batch.items()}
 
 
 def _evaluate(eval_fn, model, *, config, validation, tokenizer, mesh) -> dict[str, np.ndarray]:

@@ -19,6 +19,7 @@ from safetensors.torch import save_file as save_torch
 
 from llada_jax.fields import InputError
 from llada_jax.interop import hf, hf_config, safetensors_io, tensor_names
+from llada_jax.interop.workdir import abstract_model
 from llada_jax.model.config import PRESETS
 from llada_jax.model.transformer import Transformer
 from llada_jax.parallel.mesh import AXES, make_mesh
@@ -152,7 +153,7 @@ def test_a_model_made_here_gets_a_config_that_says_all_of_it(tmp_path, name, tin
 
 def test_config_json_stays_true_when_the_model_has_changed(tmp_path):
     model = hf.load(A, "bfloat16")
-    like = checkpoint.abstract_model(dataclasses.replace(model.config, rope_theta=1e4, eos_token_id=3), None)
+    like = abstract_model(dataclasses.replace(model.config, rope_theta=1e4, eos_token_id=3), None)
     model = jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(model))
     hf.save_hf(model, tmp_path / "out")
     before, after = (json.loads((d / "config.json").read_text()) for d in (A, tmp_path / "out"))

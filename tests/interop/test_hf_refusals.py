@@ -299,8 +299,8 @@ BROKEN_WORKDIRS = {
     "no checkpoints": (lambda d: shutil.rmtree(d / "checkpoints"), "no checkpoints/ in it"),
     "another shape": (edit_config(mlp_hidden_size=128), r"makes blocks.ff_out \(3, 64, 128\), .* \(3, 64, 160\)"),
     "a head": (edit_config(weight_tying=False), "makes ff_out .* holds none"),
-    "a field of text": (edit_config(d_model="x"), "d_model is 'x', must be of type int"),
-    "a field unknown": (edit_config(depth=3), "unknown field depth"),
+    "a field of text": (edit_config(d_model="x"), "d_model is 'x'; it must be a whole number"),
+    "a field unknown": (edit_config(depth=3), "config.model.depth: no such field"),
     "no group": (lambda d: (d / "config.json").write_text('{"model": 3}'), "config.model is 3"),
 }
 

@@ -118,7 +118,7 @@ def test_rms_norm_has_unit_mean_square(rng):
         (dict(n_kv_heads=3), "n_heads 4 is not a multiple of n_kv_heads 3"),
         (dict(embedding_size=10), "vocab_size 64 exceeds embedding_size 10"),
         (dict(mask_token_id=64), "mask_token_id 64 is outside"),
-        (dict(dtype="float8"), "dtype 'float8'"),
+        (dict(dtype="float8"), "dtype is 'float8'; it must be one of bfloat16, float32"),
         (dict(n_layers=0), "n_layers is 0"),
     ],
 )

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from llada_jax.objectives import noise
-from llada_jax.parallel.mesh import make_mesh, place_rows
+from llada_jax.parallel.mesh import global_batch, make_mesh
 
 KEY = jax.random.key(3)
 MESHES = [
@@ -28,7 +28,7 @@ def test_masks_do_not_depend_on_the_mesh(mesh_sizes, stratified):
     alone = draw(jnp.asarray(maskable), stratified=stratified)
     mesh = make_mesh(mesh_sizes)
     with jax.set_mesh(mesh):
-        args = place_rows(np.zeros((16, 32), np.int32), mesh), place_rows(maskable, mesh)
+        args = global_batch(np.zeros((16, 32), np.int32), mesh), global_batch(maskable, mesh)
         over_mesh = jax.jit(lambda t, m: draw(m, stratified=stratified, tokens=t))(*args)
     for a, b in zip(alone, over_mesh, strict=True):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))

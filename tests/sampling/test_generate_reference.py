@@ -15,7 +15,7 @@ import llada_jax
 from llada_jax.fields import InputError
 from llada_jax.model.transformer import Transformer
 from llada_jax.sampling import rules
-from llada_jax.sampling.generate import Options, reverse
+from llada_jax.sampling.generate import Options, denoise
 
 ARRAYS, META = vectors("generate")
 DRAWN = {"g15_random_remasking", "g16_temperature"}
@@ -39,7 +39,7 @@ def reverse_with(case, draws, **changes):
     del kwargs["gen_length"]
     options = Options(start=arrays["prompt"].shape[1], **kwargs)
     canvas = jnp.asarray(arrays["x_steps"][0])
-    sampled = reverse(load(meta["ckpt"]), canvas, None, jax.random.key(0), options, draws)
+    sampled = denoise(load(meta["ckpt"]), canvas, None, jax.random.key(0), options, draws)
     return np.concatenate([canvas[None], sampled.trajectory(options.steps, options.mask_id)])
 
 
@@ -77,7 +77,7 @@ def test_noise_decides_as_the_official_float64_noise_does(temperature):
     arrays = ARRAYS["gumbel"]
     uniform, result = arrays.get(f"uniform_t{temperature}"), arrays[f"result_t{temperature}"]
     noise = None if uniform is None else gumbel_noise(uniform)
-    chosen = rules.choose(jax.random.key(0), arrays["logits"], temperature, -1, noise_BWV=noise)
+    chosen = rules.sample_tokens(jax.random.key(0), arrays["logits"], temperature, -1, noise_BWV=noise)
     np.testing.assert_array_equal(chosen, result.argmax(-1))
     if temperature:
         score = arrays["logits"] + temperature * np.asarray(noise)
@@ -87,7 +87,7 @@ def test_noise_decides_as_the_official_float64_noise_does(temperature):
 def test_quotas_are_the_official_ones():
     for table in json.loads((REFERENCE / "generate.json").read_text())["num_transfer_tokens"]:
         masks, steps = jnp.asarray(table["mask_num"]), table["steps"]
-        found = np.stack([rules.quota(masks, steps, i) for i in range(steps)], axis=1)
+        found = np.stack([rules.tokens_per_step(masks, steps, i) for i in range(steps)], axis=1)
         np.testing.assert_array_equal(found, table["result"])
 
 
@@ -112,7 +112,9 @@ def test_masks_in_the_prompt_get_a_quota_of_their_own():
     assert given > 0 and (official[-1] == mask).sum() == given and not (ours[-1] == mask).any()
     steps = kwargs["steps"] * kwargs["block_length"] // kwargs["gen_length"]
     committed = -np.diff((ours == mask).sum(axis=(1, 2)))
-    quota = [int(rules.quota(jnp.asarray([kwargs["block_length"] + given]), steps, i)[0]) for i in range(steps)]
+    quota = [
+        int(rules.tokens_per_step(jnp.asarray([kwargs["block_length"] + given]), steps, i)[0]) for i in range(steps)
+    ]
     assert committed[:steps].tolist() == quota
     now = official[1] != mask  # the first step sees the same canvas: what the official code is surest of is ours, too
     np.testing.assert_array_equal(ours[1][now], official[1][now])

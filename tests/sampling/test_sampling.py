@@ -10,7 +10,7 @@ import pytest
 from llada_jax.fields import InputError
 from llada_jax.model.transformer import Transformer
 from llada_jax.sampling import prompts, rules
-from llada_jax.sampling.generate import Options, generate, infill, reverse, sample
+from llada_jax.sampling.generate import Options, denoise, generate, infill, sample
 
 MASK = 3
 
@@ -99,25 +99,27 @@ def test_eos_and_eot_are_committed_last_at_any_temperature(temperature):
     """The official sampler holds EOS back only at temperature 0 (its issues 137 and 139)."""
     eos, eot = 5, 6
     logits = jnp.zeros((1, 4, 8)).at[0, 0, eos].set(60.0).at[0, 1, eot].set(60.0).at[0, 2:, 1].set(50.0)
-    chosen = rules.choose(jax.random.key(0), logits, temperature, MASK)
+    chosen = rules.sample_tokens(jax.random.key(0), logits, temperature, MASK)
     np.testing.assert_array_equal(np.asarray(chosen)[0], [eos, eot, 1, 1])
     score = rules.confidence(logits, chosen, (eos, eot))
     everything = jnp.ones((1, 4), bool)
-    two = np.asarray(rules.most_confident(score, everything, jnp.asarray([2])))[0]
+    two = np.asarray(rules.commit_top_k(score, everything, jnp.asarray([2])))[0]
     np.testing.assert_array_equal(two, [False, False, True, True])
-    assert np.asarray(rules.most_confident(score, everything, jnp.asarray([4]))).all()
+    assert np.asarray(rules.commit_top_k(score, everything, jnp.asarray([4]))).all()
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_mask_is_never_chosen(temperature):
     logits = jnp.zeros((4, 50, 8)).at[..., MASK].set(30.0)
-    assert not np.any(np.asarray(rules.choose(jax.random.key(0), logits, temperature, MASK)) == MASK)
+    assert not np.any(np.asarray(rules.sample_tokens(jax.random.key(0), logits, temperature, MASK)) == MASK)
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0])
 def test_sampling_follows_the_tempered_softmax(temperature):
     logits = jnp.asarray([0.0, 1.0, -2.0, 9.0, 2.0, -4.0])
-    draws = np.asarray(rules.choose(jax.random.key(1), jnp.broadcast_to(logits, (1, 40_000, 6)), temperature, MASK))
+    draws = np.asarray(
+        rules.sample_tokens(jax.random.key(1), jnp.broadcast_to(logits, (1, 40_000, 6)), temperature, MASK)
+    )
     p = np.exp(np.delete(np.asarray(logits, np.float64), MASK) / temperature)
     p /= p.sum()
     counts = np.delete(np.bincount(draws[0], minlength=6), MASK)
@@ -128,7 +130,7 @@ def test_sampling_follows_the_tempered_softmax(temperature):
 def test_the_far_tail_can_be_drawn():
     """A token 18 logits below the best among 126,463 like it: 0.19% right, never drawn by ordinary float32 noise."""
     logits = jnp.full((1, 64, 126_464), -18.0).at[..., 0].set(0.0)
-    other = sum(int((rules.choose(jax.random.key(i), logits, 1.0, MASK) != 0).sum()) for i in range(24))
+    other = sum(int((rules.sample_tokens(jax.random.key(i), logits, 1.0, MASK) != 0).sum()) for i in range(24))
     assert 0 < other < 12  # 2.9 expected of 1,536
 
 
@@ -141,23 +143,23 @@ def test_confidence_neither_saturates_nor_ties():
 
 @pytest.mark.parametrize("masks, steps", [(10, 4), (3, 8), (0, 3), (32, 32)])
 def test_quota_spreads_evenly_with_the_remainder_first(masks, steps):
-    counts = [int(rules.quota(jnp.asarray([masks]), steps, i)[0]) for i in range(steps)]
+    counts = [int(rules.tokens_per_step(jnp.asarray([masks]), steps, i)[0]) for i in range(steps)]
     assert sum(counts) == masks and counts == sorted(counts, reverse=True) and counts[0] - counts[-1] <= 1
 
 
 def test_one_program_serves_every_prompt_of_a_shape(model, rng):
     options = dict(gen_length=4, steps=2, block_length=4)
     generate(model, rng.integers(7, 60, (2, 9)), **options)
-    before = reverse._cache_size()
+    before = denoise._cache_size()
     with_masks = rng.integers(7, 60, (2, 9))
     with_masks[0, 2:4] = with_masks[1, 0] = MASK
     assert not np.any(generate(model, with_masks, **options) == MASK)
-    assert reverse._cache_size() == before
+    assert denoise._cache_size() == before
     padded = np.ones((2, 9), np.int32)
     generate(model, with_masks, padded, **options)
     padded[0, :3] = 0
     generate(model, with_masks, padded, **options)
-    assert reverse._cache_size() == before + 1  # with an attention mask it is another one, whatever it hides
+    assert denoise._cache_size() == before + 1  # with an attention mask it is another one, whatever it hides
 
 
 def test_windows_before_the_block_see_what_one_wide_window_sees(model, rng):
@@ -170,7 +172,7 @@ def test_windows_before_the_block_see_what_one_wide_window_sees(model, rng):
         whole: Any = dict(temperature=0.0, remasking="low_confidence") | options
         ids = model.config.eos_token_id, model.config.eot_token_id
         wide = Options(0, 34, 3, whole["temperature"], 0.0, whole["remasking"], False, False, MASK, *ids)
-        wide = reverse(model, canvas, None, jax.random.key(0), wide)
+        wide = denoise(model, canvas, None, jax.random.key(0), wide)
         np.testing.assert_array_equal(narrow.tokens, wide.tokens)
         np.testing.assert_array_equal(narrow.step, wide.step)
 

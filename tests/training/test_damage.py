@@ -191,7 +191,7 @@ def test_a_damaged_row_stops_a_run_and_a_run_that_skips_goes_on_and_counts(run, 
 
 def test_a_policy_that_is_none_is_named(run, tmp_path):
     run.data.on_damage = "ignore"
-    with pytest.raises(InputError, match="config.data.on_damage is 'ignore', must be one of stop, skip"):
+    with pytest.raises(InputError, match="config.data.on_damage is 'ignore'; it must be one of stop, skip"):
         train.train(run, tmp_path / "w")
     assert not (tmp_path / "w").exists()
 

@@ -19,6 +19,8 @@ from llada_jax import cli
 from llada_jax.data import sources
 from llada_jax.fields import InputError
 from llada_jax.files import CHECKSUMS, write_checksums
+from llada_jax.interop.workdir import load_config, saved_steps
+from llada_jax.model.config import model_config
 from llada_jax.parallel.mesh import make_mesh
 from llada_jax.tools import kill_test
 from llada_jax.tools.digest import digest
@@ -63,7 +65,7 @@ def workdir(trained, tmp_path):
 
 
 def steps(workdir):
-    return sorted(checkpoint.saved_steps(workdir / "checkpoints"))
+    return sorted(saved_steps(workdir / "checkpoints"))
 
 
 def events(workdir):
@@ -312,7 +314,7 @@ def test_a_run_goes_on_with_fewer_devices_and_on_another_mesh(trained, make_run,
 
 
 def test_a_digest_depends_on_every_bit_and_not_on_the_mesh(trained, make_run, tmp_path):
-    config = checkpoint.model_config(checkpoint.load_config(trained)["model"])
+    config = model_config(load_config(trained)["model"])
     run, found = make_run(), {}
     optimizer = train.training_step(make_run(steps=6), make_mesh(dict(run.mesh)))[0]
     for name, sizes, bit in (("a", {}, 0), ("b", dict(fsdp=4, tensor=2), 0), ("c", {}, 1)):
@@ -325,7 +327,7 @@ def test_a_digest_depends_on_every_bit_and_not_on_the_mesh(trained, make_run, tm
                 leaves, tree = jax.tree.flatten(state.model)
                 changed = np.array(leaves[0])
                 changed.flat[0] = np.nextafter(changed.flat[0], np.float32(2))
-                state.model = jax.tree.unflatten(tree, [jax.device_put(changed, leaves[0].sharding), *leaves[1:]])
+                state.trainable = jax.tree.unflatten(tree, [jax.device_put(changed, leaves[0].sharding), *leaves[1:]])
             saver.save(6, state)
             saver.finish()
         found[name] = digest(tmp_path / name)

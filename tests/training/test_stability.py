@@ -14,9 +14,10 @@ from ml_collections import ConfigDict
 from llada_jax.config import run_config
 from llada_jax.data import pipeline
 from llada_jax.fields import InputError
+from llada_jax.interop.workdir import load_model
 from llada_jax.objectives.diffusion import pretrain
 from llada_jax.objectives.elbo import Objective
-from llada_jax.parallel.mesh import make_mesh, place_rows
+from llada_jax.parallel.mesh import global_batch, make_mesh
 from llada_jax.training import checkpoint, optimizer, stability
 from llada_jax.training import run as train
 from llada_jax.training.metrics import Reporter
@@ -57,7 +58,7 @@ def test_an_update_that_is_not_finite_changes_no_bit_of_parameters_and_optimizer
         tokens[0, 0] = token
         ones = np.ones_like(tokens)
         fields = dict(tokens=tokens, segment_ids=ones, maskable=ones > 0, answer_length=ones.sum(1, dtype=np.int32))
-        return {name: place_rows(x, mesh) for name, x in fields.items()}
+        return {name: global_batch(x, mesh) for name, x in fields.items()}
 
     with jax.set_mesh(mesh):
         state = jax.jit(init_state, static_argnums=(0, 1))(tiny, update, jax.random.key(0))
@@ -195,7 +196,7 @@ def test_a_run_killed_around_a_rollback_ends_in_the_same_bits(run, whole, tmp_pa
         train_until(6)
         train_until(5)
         train.train(run, tmp_path)
-    assert_equal(bits(checkpoint.load_model(whole)), bits(checkpoint.load_model(tmp_path)))
+    assert_equal(bits(load_model(whole)), bits(load_model(tmp_path)))
     assert logged(whole, "1_loss/loss") == logged(tmp_path, "1_loss/loss")
 
 

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from llada_jax.config import run_config
 from llada_jax.fields import InputError
 from llada_jax.objectives import OBJECTIVES
-from llada_jax.parallel.mesh import make_mesh, place_rows
+from llada_jax.parallel.mesh import global_batch, make_mesh
 from llada_jax.training import optimizer
 from llada_jax.training.step import init_state, make_train_step
 
@@ -35,7 +35,7 @@ def run(tiny, rng, *, sizes=None, microbatches=1, objective="pretrain", steps=3)
         batch = dict(
             zip(
                 ("tokens", "segment_ids", "maskable", "answer_length"),
-                (place_rows(x, mesh) for x in fields),
+                (global_batch(x, mesh) for x in fields),
                 strict=True,
             )
         )

@@ -18,6 +18,7 @@ from llada_jax.data import sources
 from llada_jax.data.tokenizer import load_tokenizer
 from llada_jax.fields import InputError
 from llada_jax.interop import hf
+from llada_jax.interop.workdir import load_config, load_model
 from llada_jax.parallel.mesh import make_mesh
 from llada_jax.training import checkpoint, loop
 from llada_jax.training import run as train
@@ -54,7 +55,7 @@ def test_a_run_leaves_everything_that_is_needed_to_use_it(run, tmp_path):
     last = train.train(run, tmp_path / "w")
     assert 0 < last["0_validation/elbo_nats_per_token"] < 20  # 8 rows, some of small p
     workdir = tmp_path / "w"
-    stored = checkpoint.load_config(workdir)
+    stored = load_config(workdir)
     assert stored["model"]["vocab_size"] == load_tokenizer(workdir / "tokenizer").vocab_size
     assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["2", "4"]
     names = {name for line in metrics(workdir) for name in line}
@@ -71,7 +72,7 @@ def test_continuing_gives_the_same_bits_as_one_run(run, tmp_path):
     train.train(run, tmp_path / "once")
     train.train(half, tmp_path / "twice")
     train.train(run, tmp_path / "twice")
-    for a, b in zip(*(leaves(checkpoint.load_model(tmp_path / d)) for d in ("once", "twice")), strict=True):
+    for a, b in zip(*(leaves(load_model(tmp_path / d)) for d in ("once", "twice")), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
@@ -93,9 +94,9 @@ def test_nothing_goes_between_host_and_device_unasked_in_the_loop(run, tmp_path,
 )
 def test_a_checkpoint_is_read_on_any_mesh(run, tmp_path, sizes):
     train.train(run, tmp_path / "w")
-    alone = leaves(checkpoint.load_model(tmp_path / "w"))
+    alone = leaves(load_model(tmp_path / "w"))
     mesh = make_mesh(sizes)
-    for a, b in zip(alone, leaves(checkpoint.load_model(tmp_path / "w", mesh)), strict=True):
+    for a, b in zip(alone, leaves(load_model(tmp_path / "w", mesh)), strict=True):
         np.testing.assert_array_equal(a, b)
     run.mesh.update(sizes)
     run.train.steps = 6
@@ -114,7 +115,7 @@ def test_fine_tuning_starts_from_the_model_and_its_tokenizer(run, tmp_path):
     assert (
         load_tokenizer(tmp_path / "w/tokenizer").fingerprint == load_tokenizer(tmp_path / "sft/tokenizer").fingerprint
     )
-    before, after = (leaves(checkpoint.load_model(tmp_path / d)) for d in ("w", "sft"))
+    before, after = (leaves(load_model(tmp_path / d)) for d in ("w", "sft"))
     moved = np.mean([np.abs(a - b).mean() / np.abs(a).mean() for a, b in zip(before, after, strict=True)])
     assert 0 < moved < 0.2
 
@@ -128,7 +129,7 @@ def test_a_published_checkpoint_is_started_from_as_its_workdir_is(run, tmp_path)
     for source in ("w", "published"):
         run.train.init_from = str(tmp_path / source)
         train.train(run, tmp_path / f"from_{source}")
-    after = [leaves(checkpoint.load_model(tmp_path / f"from_{source}")) for source in ("w", "published")]
+    after = [leaves(load_model(tmp_path / f"from_{source}")) for source in ("w", "published")]
     assert all((a == b).all() for a, b in zip(*after, strict=True))
     assert (tmp_path / "from_published" / "tokenizer" / "generation_config.json").exists()
     run.data.row_length = 65
