@@ -1,10 +1,15 @@
-"""Files: those of others read within bounds, and checksums of a directory. Nothing here runs what it reads."""
+"""Files: those of others read within bounds, checksums of a checkpoint, atomic writes.
+
+Nothing here runs what it reads.
+"""
 
 import hashlib
 import json
 import os
+import re
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 from llada_jax.fields import InputError
 
@@ -75,21 +80,23 @@ def inside(directory: Path, name: object, where: str) -> Path:
     return path
 
 
-CHECKSUMS = "checksums.json"  # {file: [bytes, SHA-256]}
+COMMIT = "commit_success.txt"  # Orbax's: the last file that it writes into a checkpoint
 
+_CHECKSUMS = "checksums{}.json"  # of the files that one process wrote: {file: [bytes, SHA-256]}; "" is the first
+_MARKERS = ("checksums", COMMIT, "damaged.txt")  # how the names begin of files that have no checksum
 _THREADS = 8  # hashing lets other threads run
 
 
-def write_checksums(directory: Path) -> None:
-    """Hashes every file below `directory`, and sees to it that they are on the disk and not only on their way."""
-    files = [path for path in sorted(directory.rglob("*")) if path.is_file()]
+def write_checksums(directory: Path, process: int = 0) -> None:
+    """Hashes what one process wrote of a checkpoint, and sees to it that it is on the disk.
+
+    Orbax names a process' own files "…process_N"; the first process hashes all that is not another's.
+    """
+    names = [name for name in _names(directory) if _writer(name) == process]
     with ThreadPoolExecutor(_THREADS) as pool:
-        facts = list(pool.map(_facts, files))
-    names = [path.relative_to(directory).as_posix() for path in files]
-    with (directory / CHECKSUMS).open("w") as file:
-        json.dump(dict(zip(names, facts, strict=True)), file, indent=0)
-        file.flush()
-        os.fsync(file.fileno())
+        facts = list(pool.map(lambda name: _facts(directory / name), names))
+    place = directory / _CHECKSUMS.format(f".{process}" if process else "")
+    write_atomic(place, json.dumps(dict(zip(names, facts, strict=True)), indent=0))
 
 
 def damage(directory: Path, share: int = 0, shares: int = 1) -> str:
@@ -98,20 +105,48 @@ def damage(directory: Path, share: int = 0, shares: int = 1) -> str:
     Looks at every shares-th file, from number `share` on: processes divide the reading among themselves.
     """
     try:
-        expected = json.loads((directory / CHECKSUMS).read_text())
-        files = sorted(expected.items())[share::shares]
-    except FileNotFoundError:
-        return ""  # from before there were checksums
-    except (OSError, ValueError, AttributeError):
-        return f"{CHECKSUMS} cannot be read"
-    for name, _ in files:
-        if not (directory / name).resolve().is_relative_to(directory.resolve()):
-            return f"{CHECKSUMS} names {name!r}, which is not in the directory"
+        expected = checksums(directory)
+    except InputError as error:
+        return str(error)
     with ThreadPoolExecutor(_THREADS) as pool:
-        return next(filter(None, pool.map(lambda item: _difference(directory, *item), files)), "")
+        found = pool.map(lambda item: _difference(directory, *item), sorted(expected.items())[share::shares])
+        return next(filter(None, found), "")
+
+
+def checksums(directory: Path) -> dict[str, list]:
+    """{file: [bytes, SHA-256]} of a checkpoint, of all processes; {} if it has none.
+
+    Raises InputError where such a file is not what `write_checksums` writes.
+    """
+    expected: dict[str, Any] = {}
+    for place in sorted(directory.glob(_CHECKSUMS.format("*"))):
+        try:
+            expected |= read_json(place)
+        except InputError:
+            raise InputError(f"{place.name} cannot be read") from None
+    for name, facts in expected.items():
+        parts = PurePosixPath(name).parts
+        if not parts or parts[0] == "/" or ".." in parts or "\0" in name:
+            raise InputError(f"checksums name {name[:80]!r}, which is not in the directory")
+        if not isinstance(facts, list) or [type(fact) for fact in facts] != [int, str]:
+            raise InputError(f"checksums of {name[:80]!r} are not a size and a SHA-256")
+    return expected
+
+
+def _names(directory: Path) -> list[str]:
+    """The files below a checkpoint that have checksums, relative to it."""
+    files = (path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
+    return sorted(name for name in files if not name.startswith(_MARKERS))
+
+
+def _writer(name: str) -> int:
+    """The process that wrote a file of a checkpoint."""
+    found = re.search(r"process_(\d+)", name)
+    return int(found[1]) if found else 0
 
 
 def _facts(path: Path) -> list:
+    require_file(path)
     with path.open("rb") as file:
         os.fsync(file.fileno())
         return [os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest()]
@@ -120,6 +155,8 @@ def _facts(path: Path) -> list:
 def _difference(directory: Path, name: str, expected: list) -> str:
     try:
         found = _facts(directory / name)
+    except InputError:
+        return f"{name}: no such file" if not (directory / name).exists() else f"{name}: not a file"
     except OSError as error:
         return f"{name}: {(error.strerror or 'cannot be read').lower()}"
     if found == expected:
@@ -127,3 +164,13 @@ def _difference(directory: Path, name: str, expected: list) -> str:
     if found[0] != expected[0]:
         return f"{name} has {found[0]} bytes, not {expected[0]}"
     return f"{name} has the right size and another content"
+
+
+def write_atomic(path: Path, data: str | bytes) -> None:
+    """Replaces a file at once: whoever reads it, after a kill or a power cut too, finds the old content or the new."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    with temporary.open("wb") as file:
+        file.write(data.encode() if isinstance(data, str) else data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

@@ -8,12 +8,14 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
 import dataclasses
+import json
 
 import jax
 import numpy as np
 import pytest
 
 from llada_jax.config import run_config
+from llada_jax.interop.workdir import saved_steps
 from llada_jax.model.config import PRESETS
 
 jax.config.update("jax_compilation_cache_dir", str(Path(tempfile.gettempdir()) / "llada_jax_tests_cache"))
@@ -59,3 +61,21 @@ def _tiny_run():
     config.train.update(dict(steps=4, batch_size=8, log_every=2, eval_every=4, eval_rows=8))
     config.checkpoint.update(dict(every_steps=2, keep=2))
     return config
+
+
+@pytest.fixture
+def steps():
+    """The steps of the checkpoints of a workdir."""
+    return lambda workdir: sorted(saved_steps(workdir / "checkpoints"))
+
+
+@pytest.fixture
+def events():
+    """The events of a workdir, by name."""
+
+    def read(workdir, *names):
+        path = workdir / "events.jsonl"
+        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return [line for line in lines if not names or line["event"] in names]
+
+    return read

@@ -22,11 +22,11 @@ from llada_jax import cli, sample
 from llada_jax.data import pipeline
 from llada_jax.data.tokenizer import load_tokenizer
 from llada_jax.evaluation import likelihood, reversal
-from llada_jax.fields import InputError
+from llada_jax.fields import InputError, RunFailed
 from llada_jax.interop import hf
 from llada_jax.interop.workdir import load_model
 from llada_jax.objectives import OBJECTIVES
-from llada_jax.parallel import processes
+from llada_jax.parallel import join, processes
 from llada_jax.parallel.mesh import AXES, global_batch, make_mesh, rows_of_process
 from llada_jax.streams import stream
 from llada_jax.training import run as train
@@ -38,7 +38,7 @@ def main(_argv):
     for name, arguments in json.loads(jobs.read_text()):
         try:
             results.append({"result": JOBS[name](**arguments)})
-        except InputError as error:
+        except (InputError, RunFailed) as error:
             if not getattr(error, "shared", False):
                 raise
             results.append({"error": str(error)})
@@ -149,11 +149,14 @@ def save(workdir, target, full_disk=False):
         hf.save_hf(load_model(workdir, mesh), target)
 
 
-def fail(process):
-    """One process raises what no other does, inside `together`."""
-    with processes.all_or_none():
-        if jax.process_index() == process:
-            raise InputError("row 7 can't be read")
+def fail(process, number=None, text="row 7 can't be read"):
+    """One process raises what no other does, inside `all_or_none`; the exit code that each would end with."""
+    try:
+        with processes.all_or_none():
+            if jax.process_index() == process:
+                raise InputError(text) if number is None else OSError(number, text, "file")
+    except Exception as error:
+        return [cli.report(error), str(error)]
 
 
 JOBS = {
@@ -169,7 +172,7 @@ JOBS = {
 }
 
 if __name__ == "__main__":
-    processes.define_flags()
+    join.define_flags()
     flags.DEFINE_string("jobs", None, "A JSON file: pairs of a job and its arguments.")
     flags.DEFINE_string("out", None, "Where the results go.")
-    cli.run(processes.joined(main))
+    cli.run(join.joined(main))

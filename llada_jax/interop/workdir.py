@@ -1,7 +1,7 @@
 """The workdir of a run: its config, its checkpoints, and the model that is in them.
 
-A workdir holds checkpoints/STEP/{model,optimizer,guard,checksums.json}, config.json and the tokenizer. A checkpoint
-carries the config, too.
+A workdir holds checkpoints/STEP/{model,optimizer,guard,checksums.json,commit_success.txt}, config.json and the
+tokenizer. A checkpoint carries the config, too.
 """
 
 import contextlib
@@ -17,17 +17,18 @@ from orbax.checkpoint import v1 as ocp
 
 from llada_jax.config import run_config
 from llada_jax.fields import InputError
-from llada_jax.files import read_json, require_files
+from llada_jax.files import COMMIT, read_json, require_files
 from llada_jax.model.config import ModelConfig, model_config
 from llada_jax.model.transformer import Transformer
 from llada_jax.parallel.mesh import require_divides, require_mesh
 
 
 def saved_steps(directory: Path) -> list[int]:
-    """The steps of which there is a complete checkpoint in a directory, in no order."""
+    """The steps of which there is a checkpoint in a directory that Orbax has completed, in no order."""
     if not directory.is_dir():
         return []
-    return [int(path.name) for path in directory.iterdir() if path.name.isdigit() and path.is_dir()]
+    names = [path.name for path in directory.iterdir() if path.name.isascii() and path.name.isdigit()]
+    return [int(name) for name in names if str(int(name)) == name and (directory / name / COMMIT).is_file()]
 
 
 def place_of(workdir: str | Path, step: int | None = None) -> Path:
