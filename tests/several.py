@@ -30,6 +30,7 @@ from llada_jax.parallel import join, processes
 from llada_jax.parallel.mesh import AXES, global_batch, make_mesh, rows_of_process
 from llada_jax.streams import stream
 from llada_jax.training import run as train
+from llada_jax.training.monitor import Events
 
 
 def main(_argv):
@@ -159,6 +160,17 @@ def fail(process, number=None, text="row 7 can't be read"):
         return [cli.report(error), str(error)]
 
 
+def tell(workdir):
+    """Every process has an event of its own."""
+    events = Events(workdir)
+    processes.on_first_process(Path(workdir).mkdir)
+    events.write("damaged row", step=jax.process_index(), cause="c", action="a", own=True)
+    with processes.all_or_none():
+        pass  # all have sent theirs
+    if processes.is_first():
+        events.collect()
+
+
 JOBS = {
     "meet": meet,
     "run": run,
@@ -169,6 +181,7 @@ JOBS = {
     "sample": complete,
     "save": save,
     "fail": fail,
+    "tell": tell,
 }
 
 if __name__ == "__main__":

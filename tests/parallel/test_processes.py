@@ -160,6 +160,7 @@ def four(root, of, two):
         "mixed": ["run", dict(config=of(2, MIXED, eval_every=0), workdir=str(root / "mixed"))],
         "rows": ["place", dict(sizes=FSDP, order=[0, 2, 4, 6, 1, 3, 5, 7], batch_size=16)],
         "fails": ["fail", dict(process=2)],
+        "tell": ["tell", dict(workdir=str(root / "told"))],
     }
     return do(root / "jobs4", 4, jobs)
 
@@ -260,6 +261,11 @@ def test_processes_end_with_the_same_code_whichever_of_them_met_the_fault(two, f
     for results in (two, four):
         found = [result[job]["result"] for result in results.values if job in result]
         assert all(ended == code and message in text for ended, text in found)
+
+
+def test_events_of_every_process_are_in_one_file(root, four):
+    found = [json.loads(line) for line in (root / "told" / "events.jsonl").read_text().splitlines()]
+    assert sorted(event["step"] for event in found) == [0, 1, 2, 3]
 
 
 def test_only_the_first_process_speaks(two, four):
