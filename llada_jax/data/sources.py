@@ -65,7 +65,7 @@ def read_documents(path: str, documents: str = "file") -> Iterator[str]:
     elif kind == "parquet":
         texts = _parquet_texts(path)
     elif kind == "jsonl":
-        texts = (_text_field(value, where) for where, value in _json_lines(path))
+        texts = (_text_field(value, where) for where, value in json_lines(path))
     else:
         texts = {"file": _whole_file, "paragraph": _paragraphs, "line": _lines}[documents](path)
     return (text for text in texts if text.strip())
@@ -79,7 +79,7 @@ def read_dialogues(path: str) -> Iterator[tuple[str, list[dict[str, str]]]]:
     """
     if _kind(path) != "jsonl":
         raise InputError(f'{path}: dialogues are read from .jsonl, one {{"messages": […]}} a line')
-    for where, value in _json_lines(path):
+    for where, value in json_lines(path):
         messages = value.get("messages") if isinstance(value, dict) else None
         yield where, check_messages(messages, where)
 
@@ -227,7 +227,7 @@ def _numbered_lines(path: str) -> Iterator[tuple[str, str]]:
         raise InputError(f"{path}:{number + 1}: broken gzip data ({error}); copy the file again") from error
 
 
-def _json_lines(path: str) -> Iterator[tuple[str, object]]:
+def json_lines(path: str) -> Iterator[tuple[str, object]]:
     for where, line in _numbered_lines(path):
         if not line.strip():
             continue
