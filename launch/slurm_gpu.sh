@@ -21,7 +21,7 @@ if [ ! -f launch/environment.sh ]; then
   exit 2
 fi
 . launch/environment.sh
-prepare_environment "$PWD/.venv" gpu
+prepare_environment "$PWD/.venv-llada" gpu
 gpus=${SLURM_GPUS_ON_NODE:-8}
 # Each process sees the GPUs of its node and takes the one of its local rank, so that they can reach each other.
 command=(srun --ntasks="$((SLURM_JOB_NUM_NODES * gpus))" --ntasks-per-node="$gpus" --gpu-bind=none --kill-on-bad-exit=1

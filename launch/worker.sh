@@ -22,7 +22,7 @@ setup() {
     sudo apt-get update -q >/dev/null
     sudo apt-get install -qy python3.12 python3.12-venv >/dev/null
   fi
-  prepare_environment "$PWD/.venv" tpu
+  prepare_environment "$PWD/.venv-llada" tpu
   if [ $# -gt 0 ]; then mount_bucket "$1"; fi
 }
 
@@ -41,7 +41,7 @@ mount_bucket() { # at ~/bucket
 }
 
 run() {
-  prepare_environment "$PWD/.venv" tpu
+  prepare_environment "$PWD/.venv-llada" tpu
   stop
   rm -f run.exit
   # A session of its own, so that it outlives the connection and can be stopped as a whole.

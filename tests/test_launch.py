@@ -14,6 +14,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCH = ROOT / "launch"
+sys.path.insert(0, str(LAUNCH))
+import environment  # noqa: E402
+
 PLACE = ["--project=p", "--zone=z"]
 TRAIN = ["--config=configs/pretrain_tiny.py", "--workdir=bucket/a b"]
 
@@ -230,9 +233,15 @@ def test_a_dry_run_shows_the_commands_and_runs_none(fake):
 def host(tmp_path):
     """A checkout as on a TPU's host, with a Python that notes its arguments and ends as --end=CODE says."""
     (tmp_path / "launch").mkdir()
-    for name in ("launch/worker.sh", "launch/environment.sh", "requirements.txt", "pyproject.toml"):
+    for name in (
+        "launch/worker.sh",
+        "launch/environment.sh",
+        "launch/environment.py",
+        "requirements.txt",
+        "pyproject.toml",
+    ):
         (tmp_path / name).write_bytes((ROOT / name).read_bytes())
-    (tmp_path / ".venv/bin").mkdir(parents=True)
+    (tmp_path / ".venv-llada/bin").mkdir(parents=True)
     source = """import signal, sys, time
 def save(*_):
     time.sleep(1)
@@ -241,9 +250,8 @@ signal.signal(signal.SIGTERM, save)
 print(sys.argv[1:], flush=True)
 time.sleep(60 * ("wait" in sys.argv))
 sys.exit(3)"""
-    program(tmp_path / ".venv/bin/python", source)
-    facts = subprocess.run("cat requirements.txt pyproject.toml | cksum", shell=True, cwd=ROOT, capture_output=True)
-    (tmp_path / ".venv/.prepared").write_text(f"{facts.stdout.decode().strip()} tpu\n")
+    program(tmp_path / ".venv-llada/bin/python", source)
+    (tmp_path / ".venv-llada/.llada_jax").write_text(environment.wanted(["tpu"]))
     return lambda *words: launch("bash", tmp_path / "launch/worker.sh", *words), tmp_path
 
 
@@ -291,7 +299,7 @@ def test_xpk_gets_one_command():
 
 def test_slurm_starts_one_process_a_gpu(host, tmp_path):
     _, checkout = host
-    (checkout / ".venv/.prepared").write_text((checkout / ".venv/.prepared").read_text().replace(" tpu", " gpu"))
+    (checkout / ".venv-llada/.llada_jax").write_text(environment.wanted(["gpu"]))
     (checkout / "bin").mkdir()
     program(checkout / "bin/srun", "import sys\nprint(sys.argv[1:])")
     job = dict(SLURM_JOB_ID="1", SLURM_SUBMIT_DIR=str(checkout), SLURM_JOB_NUM_NODES="2", SLURM_GPUS_ON_NODE="4")
@@ -307,4 +315,4 @@ def test_slurm_starts_one_process_a_gpu(host, tmp_path):
 @pytest.mark.parametrize("path", sorted(LAUNCH.glob("*.sh")), ids=lambda path: path.name)
 def test_every_script_is_shell(path):
     assert launch("bash", "-n", path).returncode == 0
-    assert "set -euo pipefail" in path.read_text() or path.name == "environment.sh"
+    assert "set -euo pipefail" in path.read_text() or path.name in ("environment.sh", "common.sh")
