@@ -275,43 +275,6 @@ def until(condition, seconds=20):
         time.sleep(0.1)
 
 
-def test_a_jobset_is_filled_in():
-    yaml = pytest.importorskip("yaml")
-    flags = ["--name=n", "--image=i:1", "--type=7x", "--topology=2x2x4", "--bucket=b", "--slices=2", "--dry_run"]
-    done = launch("bash", LAUNCH / "gke_jobset.sh", *flags, *TRAIN, '--config.train.sample_prompt="@NAME@" & \\ 床')
-    assert done.returncode == 0, done.stderr
-    (job,) = yaml.safe_load(done.stdout)["spec"]["replicatedJobs"]
-    spec = job["template"]["spec"]
-    pod = spec["template"]["spec"]
-    assert (job["replicas"], spec["parallelism"], spec["completions"]) == (2, 4, 4)
-    assert pod["nodeSelector"]["cloud.google.com/gke-tpu-accelerator"] == "tpu7x"
-    assert pod["containers"][0]["args"] == [*TRAIN, '--config.train.sample_prompt="@NAME@" & \\ 床']
-    assert pod["containers"][0]["resources"]["limits"]["google.com/tpu"] == 4
-
-
-def test_xpk_gets_one_command():
-    flags = ["--name=n", "--cluster=c", "--type=tpu7x-4x4x4", "--image=i", *PLACE, "--dry_run"]
-    done = launch("bash", LAUNCH / "xpk.sh", *flags, *TRAIN)
-    words = shlex.split(done.stderr)
-    assert words[:4] == ["+", "xpk", "workload", "create"] and "--tpu-type=tpu7x-4x4x4" in words
-    assert shlex.split(words[-1].removeprefix("--command=")) == ["python", "-m", "llada_jax.train", *TRAIN]
-
-
-def test_slurm_starts_one_process_a_gpu(host, tmp_path):
-    _, checkout = host
-    (checkout / ".venv-llada/.llada_jax").write_text(environment.wanted(["gpu"]))
-    (checkout / "bin").mkdir()
-    program(checkout / "bin/srun", "import sys\nprint(sys.argv[1:])")
-    job = dict(SLURM_JOB_ID="1", SLURM_SUBMIT_DIR=str(checkout), SLURM_JOB_NUM_NODES="2", SLURM_GPUS_ON_NODE="4")
-    done = launch("bash", LAUNCH / "slurm_gpu.sh", *TRAIN, fake=checkout / "bin", **job)
-    assert done.returncode == 0, done.stderr
-    words = shlex.split(done.stderr)
-    assert {"--ntasks=8", "--ntasks-per-node=4"} <= set(words)
-    assert words[-5:] == ["-m", "llada_jax.train", "--distributed", *TRAIN]
-    outside = launch("bash", LAUNCH / "slurm_gpu.sh", *TRAIN)
-    assert outside.returncode == 2 and "not a Slurm job" in outside.stderr
-
-
 @pytest.mark.parametrize("path", sorted(LAUNCH.glob("*.sh")), ids=lambda path: path.name)
 def test_every_script_is_shell(path):
     assert launch("bash", "-n", path).returncode == 0
