@@ -20,9 +20,8 @@ from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from llada_jax.data.shards import atomic_directory
 from llada_jax.fields import InputError
-from llada_jax.files import parse_json, read_json
+from llada_jax.files import atomic_directory, parse_json, read_json
 from llada_jax.interop import hf_config, tensor_names, workdir
 from llada_jax.interop import safetensors_io as files
 from llada_jax.model.config import ModelConfig, model_config
