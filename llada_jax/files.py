@@ -14,7 +14,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -104,23 +104,33 @@ def write_checksums(directory: Path) -> None:
         os.fsync(file.fileno())
 
 
-def damage(directory: Path, share: int = 0, shares: int = 1) -> str:
+def damage(directory: Path, share: int = 0, shares: int = 1, *, only: Callable[[str], bool] = lambda name: True) -> str:
     """The first file that is not as its checksum says, and how; "" if none is, or if there are no checksums.
 
-    Looks at every shares-th file, from number `share` on: processes divide the reading among themselves.
+    Looks at every shares-th file, from number `share` on: processes divide the reading among themselves. only: which
+    files, by their names relative to the directory.
     """
-    try:
-        expected = json.loads((directory / CHECKSUMS).read_text())
-        files = sorted(expected.items())[share::shares]
-    except FileNotFoundError:
+    if not os.path.lexists(directory / CHECKSUMS):
         return ""  # from before there were checksums
-    except (OSError, ValueError, AttributeError):
+    try:
+        expected = read_json(directory / CHECKSUMS)
+    except InputError:
         return f"{CHECKSUMS} cannot be read"
-    for name, _ in files:
-        if not (directory / name).resolve().is_relative_to(directory.resolve()):
-            return f"{CHECKSUMS} names {name!r}, which is not in the directory"
+    files = sorted((name, facts) for name, facts in expected.items() if only(name))[share::shares]
+    for name, facts in files:
+        if not isinstance(facts, list) or [type(fact) for fact in facts] != [int, str]:
+            return f"{CHECKSUMS} has no size and digest for {name[:100]!r}"
+        if not _leads_inside(directory, name):
+            return f"{CHECKSUMS} names {name[:100]!r}, which is not in the directory"
     with ThreadPoolExecutor(_THREADS) as pool:
         return next(filter(None, pool.map(lambda item: _difference(directory, *item), files)), "")
+
+
+def _leads_inside(directory: Path, name: str) -> bool:
+    try:
+        return (directory / name).resolve().is_relative_to(directory.resolve())
+    except (OSError, ValueError, RuntimeError):  # too long; NUL or a lone surrogate; a loop of links
+        return False
 
 
 def _facts(path: Path) -> list:
@@ -130,6 +140,8 @@ def _facts(path: Path) -> list:
 
 
 def _difference(directory: Path, name: str, expected: list) -> str:
+    if os.path.exists(directory / name) and not os.path.isfile(directory / name):
+        return f"{name}: not a file"
     try:
         found = _facts(directory / name)
     except OSError as error:

@@ -8,7 +8,6 @@ import json
 import math
 import re
 import shutil
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -16,9 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 from jax.experimental import multihost_utils
-from orbax.checkpoint import v1 as ocp
 
 from llada_jax.fields import InputError
 from llada_jax.files import atomic_directory, parse_json, read_json
@@ -154,32 +151,10 @@ def _write(directory: Path, plan: _Plan, source_dir: str | Path | None, progress
 
 
 def write_workdir(model: Transformer, directory: Path, source_dir: str | Path | None) -> None:
-    """`save_workdir` into a directory that is there."""
+    """`save_workdir` into a directory that exists."""
     if source_dir is not None:
         copy_companions(source_dir, directory / "tokenizer")
-    leaves = dict(workdir.named_leaves(model))
-    with (
-        _gone_on_failure(directory / "checkpoints") as place,
-        ocp.training.Checkpointer(epath.Path(place).resolve()) as orbax,
-        workdir.frugal(leaves.values(), ocdbt=False),
-    ):
-        orbax.save_checkpointables(0, {"model": leaves})
-    config = {"model": dataclasses.asdict(model.config)}
-    (directory / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True, ensure_ascii=False))
-
-
-@contextlib.contextmanager
-def _gone_on_failure(directory: Path) -> Iterator[Path]:
-    """Removes the directory until it stays away for a second: when a write has failed, others are still under way."""
-    try:
-        yield directory
-    except BaseException:
-        quiet = 0
-        while quiet < 10:
-            quiet = 0 if directory.exists() else quiet + 1
-            shutil.rmtree(directory, ignore_errors=True)
-            time.sleep(0.1)
-        raise
+    workdir.save_model(model, directory)
 
 
 def copy_companions(source: str | Path, directory: Path) -> None:

@@ -15,7 +15,7 @@ from reference import REFERENCE, copy, load, names_of, tiny_illada, write_illada
 from safetensors.numpy import load_file, save_file
 
 from llada_jax.fields import InputError
-from llada_jax.interop import hf, safetensors_io
+from llada_jax.interop import hf, safetensors_io, workdir
 from llada_jax.model.transformer import Transformer
 
 A, SHARDED, BF16 = (REFERENCE / name for name in ("ckpt_a_mha", "ckpt_a_mha_sharded", "ckpt_a_mha_bf16"))
@@ -267,7 +267,7 @@ def test_what_orbax_writes_after_it_has_failed_goes_too(tmp_path, monkeypatch):
         threading.Thread(target=write_on).start()
         raise ValueError("RESOURCE_EXHAUSTED: Failed to write 8 bytes: No space left on device")
 
-    monkeypatch.setattr(hf.ocp.training.Checkpointer, "save_checkpointables", fails)
+    monkeypatch.setattr(workdir.ocp.training.Checkpointer, "save_checkpointables", fails)
     with pytest.raises(InputError, match="run: no space left on device; free some"):
         hf.save_workdir(load("ckpt_a_mha"), place)
     assert names_of(tmp_path) == []
@@ -294,7 +294,7 @@ Q_PROJ = "checkpoints/0/model/blocks.q_proj"
 BROKEN_WORKDIRS = {
     "a parameter cut": (lambda d: cut(next(p for p in (d / Q_PROJ).rglob("0") if p.is_file()), 9), "0: damaged"),
     "no metadata": (lambda d: (d / "checkpoints/0/model/_METADATA").unlink(), "0: holds no model"),
-    "no model": (lambda d: shutil.rmtree(d / "checkpoints/0/model"), "0: holds no model"),
+    "no model": (lambda d: shutil.rmtree(d / "checkpoints/0/model"), "0 is damaged .holds no model"),
     "no step": (lambda d: shutil.rmtree(d / "checkpoints/0"), "no complete checkpoint"),
     "no checkpoints": (lambda d: shutil.rmtree(d / "checkpoints"), "no checkpoints/ in it"),
     "another shape": (edit_config(mlp_hidden_size=128), r"makes blocks.ff_out \(3, 64, 128\), .* \(3, 64, 160\)"),
