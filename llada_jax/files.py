@@ -7,6 +7,7 @@ import contextlib
 import errno
 import glob
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -21,6 +22,7 @@ from pathlib import Path
 from llada_jax.fields import InputError
 
 LARGEST_JSON = 2**26  # bytes; parsing takes some twenty times as much memory at worst
+_DEEPEST_JSON = 100  # levels; Python reads about a thousand, and may then not be able to write them
 _LONGEST_NAME = 255  # bytes, on every file system
 
 
@@ -68,6 +70,12 @@ def parse_json(text: str, where: str) -> dict:
         raise InputError(f"{where}: not valid JSON ({str(error)[:200]}); copy it again") from error
     if not isinstance(value, dict):
         raise InputError(f"{where}: not a JSON object; copy it again")
+    level = [value]
+    for _ in range(_DEEPEST_JSON):
+        inner = (x.values() if isinstance(x, dict) else x for x in level if isinstance(x, dict | list))
+        level = list(itertools.chain.from_iterable(inner))
+    if level:
+        raise InputError(f"{where}: nested over {_DEEPEST_JSON} levels deep; copy it again")
     return value
 
 

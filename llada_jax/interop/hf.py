@@ -4,6 +4,7 @@ import collections
 import contextlib
 import dataclasses
 import itertools
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -77,7 +78,7 @@ def with_dtype(model: Transformer, dtype: str) -> Transformer:
 def tokenizer_directory(path: str | Path) -> Path:
     """Where the tokenizer lies: beside a published checkpoint, in tokenizer/ of a workdir."""
     inner = Path(path) / "tokenizer"
-    return inner if inner.is_dir() else Path(path)
+    return inner if os.path.isdir(inner) else Path(path)
 
 
 def save_hf(
@@ -165,7 +166,7 @@ def write_workdir(model: Transformer, directory: Path, source_dir: str | Path | 
 def copy_companions(source: str | Path, directory: Path) -> None:
     """Copies the files of COMPANIONS from beside a published checkpoint, or from the tokenizer/ of a workdir."""
     beside = tokenizer_directory(source)
-    if not beside.is_dir():
+    if not os.path.isdir(beside):
         raise InputError(f"source_dir {source}: no such directory")
     for file in sorted({file for pattern in COMPANIONS for file in beside.glob(pattern) if file.is_file()}):
         directory.mkdir(exist_ok=True)
@@ -179,6 +180,8 @@ def new_directory(path: Path) -> Iterator[Path]:
         taken = path.exists() and not (path.is_dir() and not any(path.iterdir()))
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
+    if "\0" in str(path):
+        raise InputError(f"{str(path)!r}: cannot be written (it has a NUL); choose another place")
     if taken:
         raise InputError(f"{path}: exists and is not an empty directory; choose another place")
     with atomic_directory(path.absolute()) as temporary:
@@ -221,13 +224,16 @@ def _whole(x: jax.Array, layer: int | None) -> np.ndarray:
 
 def _token_ids(path: Path) -> dict[str, int]:
     """The tokens that a tokenizer.json adds, {text: id}; none where there is no such file."""
-    if not path.is_file():
+    if not os.path.lexists(path):
         return {}
-    tokenizer = read_json(path)
-    try:
-        return {token["content"]: token["id"] for token in tokenizer.get("added_tokens") or []}
-    except (TypeError, KeyError) as error:
-        raise InputError(f"{path}: added_tokens is not a list of tokens; copy it again") from error
+    added = read_json(path).get("added_tokens") or []
+    if not isinstance(added, list) or not all(isinstance(token, dict) for token in added):
+        raise InputError(f"{path}: added_tokens is not a list of tokens; copy it again")
+    for token in added:
+        text, id = token.get("content"), token.get("id")
+        if not isinstance(text, str) or type(id) is not int or not 0 <= id < 2**31:
+            raise InputError(f"{path}: added_tokens gives {str(text)[:40]!r} the id {str(id)[:40]}; copy it again")
+    return {token["content"]: token["id"] for token in added}
 
 
 def _size(text: str | int) -> int:

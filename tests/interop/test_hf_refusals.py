@@ -16,7 +16,7 @@ from reference import REFERENCE, copy, load, names_of, tiny_illada, write_illada
 from safetensors.numpy import load_file, save_file
 
 from llada_jax.fields import InputError
-from llada_jax.interop import hf, safetensors_io, workdir
+from llada_jax.interop import hf, hf_config, safetensors_io, workdir
 from llada_jax.model.transformer import Transformer
 
 A, SHARDED, BF16 = (REFERENCE / name for name in ("ckpt_a_mha", "ckpt_a_mha_sharded", "ckpt_a_mha_bf16"))
@@ -351,6 +351,71 @@ def test_a_broken_workdir_is_named(tmp_path, tiny, defect):
     with pytest.raises(InputError, match=words) as error:
         hf.load(tmp_path / "run")
     assert "\n" not in str(error.value)
+
+
+KINDS = ["directory", "FIFO", "device", "dead link", "nested"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+def test_what_is_no_file_is_named_and_never_waited_for(tmp_path, name, kind):
+    source = copy(A, tmp_path / "source")
+    replaced(source / name, kind)
+    with pytest.raises(InputError, match=f"source/{name}: not (a file|valid JSON)"):
+        hf.load(source)
+    hf.save_workdir(load("ckpt_a_mha"), tmp_path / "run")
+    if name == "config.json":
+        replaced(tmp_path / "run" / name, kind)
+        with pytest.raises(InputError, match=f"run/{name}: not (a file|valid JSON)"):
+            hf.load(tmp_path / "run")
+
+
+@pytest.mark.parametrize("depth", [10, 90, 500, *range(900, 1000, 5), 2000])
+def test_a_config_nested_however_deep_is_carried_or_refused(tmp_path, depth):
+    text = (A / "config.json").read_text().rstrip().removesuffix("}")
+    for key in ("x", "d_model", "rope_scaling"):
+        where = f"{key} in config.json"
+        try:
+            c = hf_config.read_config(f'{text}, "{key}": {"[" * depth}{"]" * depth}}}', where, "float32", {})
+            assert key == "x" and depth < 100
+            changed = hf_config.write_config(dataclasses.replace(c, rope_theta=3.0), "float32")
+            assert json.loads(changed)["rope_theta"] == 3
+        except InputError as error:
+            assert str(error).startswith(where) and "\n" not in str(error) and len(str(error)) < 500
+            assert key != "x" or depth > 90
+
+
+WRONG_TOKENS = [
+    {"content": "<|eot_id|>", "id": 4294967295}, {"content": "other", "id": 2**31}, {"content": "x", "id": -1},
+    {"content": "<|eot_id|>", "id": 1e400}, {"content": "x", "id": True}, {"content": "x", "id": "7"}, {"id": 7},
+    {"content": ["x"], "id": 7}, {"content": "x"}, 7, None, "x", [],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("token", WRONG_TOKENS, ids=str)
+def test_an_impossible_token_of_tokenizer_json_is_blamed_on_that_file(tmp_path, token):
+    source = copy(A, tmp_path / "source", eot_token_id=...)
+    (source / "tokenizer.json").write_text(json.dumps({"added_tokens": [{"content": "<|eot_id|>", "id": 3}, token]}))
+    with pytest.raises(InputError, match="tokenizer.json: added_tokens "):
+        hf.load(source)
+
+
+@pytest.mark.parametrize("place", ["x" * 300, "a\0b", "/etc/passwd/x", "/proc/x/y", "/dev/zero"])
+def test_a_place_that_cannot_be_is_named(tmp_path, place):
+    model = load("ckpt_b_gqa_tied")
+    for act in (hf.load, hf.load_config, lambda p: hf.save_hf(model, p), lambda p: hf.save_workdir(model, p)):
+        with pytest.raises(InputError, match="no such directory|cannot be written|not an empty directory"):
+            act(place)
+    with pytest.raises(InputError, match="source_dir .*no such directory"):
+        hf.save_hf(model, tmp_path / "out", source_dir=place)
+    assert names_of(tmp_path) == []
+
+
+def test_a_published_checkpoint_may_have_a_path_that_is_not_utf8(tmp_path):
+    source, target = (tmp_path / os.fsdecode(name) for name in (b"m\xff", b"\xfe\xfd"))
+    copy(SHARDED, source)
+    hf.save_hf(hf.load(source), target, "215KB", source_dir=source)
+    assert names_of(target) == names_of(SHARDED)
 
 
 def test_a_mesh_of_other_axes_is_refused():
