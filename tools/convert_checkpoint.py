@@ -24,7 +24,7 @@ from llada_jax import cli
 from llada_jax.fields import InputError
 from llada_jax.files import parse_json, read_json
 from llada_jax.interop import hf
-from llada_jax.interop.workdir import load_config
+from llada_jax.interop.workdir import load_config, require_utf8
 from llada_jax.model.config import ModelConfig
 from llada_jax.model.transformer import Block, Transformer, rms_norm
 
@@ -36,7 +36,7 @@ TOLERANCE = 1e-3
 
 def convert(source: Path, target: Path, to: str, dtype: str | None, max_shard_size: str, verify: bool) -> str:
     """Writes `target`; returns a report of one line. The arguments are the flags."""
-    with hf.new_directory(target) as made:
+    with hf.new_directory(require_utf8(target) if to == "orbax" else target) as made:
         tokens = random_tokens(hf.load_config(source))
         before = probe(hf.load(source), tokens) if verify else None
         dtype = dtype or (_published_dtype(source) if to == "hf" else None)

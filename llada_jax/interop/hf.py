@@ -110,7 +110,7 @@ def save_workdir(model: Transformer, path: str | Path, *, source_dir: str | Path
     """
     if jax.process_count() > 1:
         raise InputError("a workdir is written by one process; convert the checkpoint on one host")
-    with new_directory(Path(path)) as temporary:
+    with new_directory(workdir.require_utf8(Path(path))) as temporary:
         write_workdir(model, temporary, source_dir)
 
 

@@ -42,22 +42,13 @@ def saved_steps(directory: Path) -> list[int]:
 
 def place_of(workdir: str | Path, step: int | None = None) -> Path:
     """The directory of a checkpoint, by default the newest. Raises InputError if there is none."""
-    directory = _require_utf8(Path(workdir).resolve()) / "checkpoints"
+    directory = require_utf8(Path(workdir).resolve()) / "checkpoints"
     steps = sorted(saved_steps(directory))
     if not steps:
         raise InputError(f"{directory}: no complete checkpoint in it yet")
     if step not in (None, *steps):
         raise InputError(f"{directory}: no checkpoint of step {step} in it; there are {', '.join(map(str, steps))}")
     return directory / str(steps[-1] if step is None else step)
-
-
-def _require_utf8(path: Path) -> Path:
-    """Raises InputError for a path that TensorStore cannot be given."""
-    try:
-        os.fsencode(path).decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: checkpoints need a path in UTF-8; rename the directory") from error
-    return path
 
 
 def load_model(path: str | Path, mesh=None, dtype: str | None = "float32") -> Transformer:
@@ -133,7 +124,6 @@ def _damage(place: Path, share: int, shares: int) -> str:
 def save_model(model: Transformer, directory: Path) -> None:
     """Writes config.json and checkpoints/0 with this model into a directory that exists."""
     leaves = dict(named_leaves(model))
-    _require_utf8(directory.resolve())
     with (
         _gone_on_failure(directory / "checkpoints") as place,
         ocp.training.Checkpointer(epath.Path(place).resolve()) as orbax,
@@ -142,6 +132,15 @@ def save_model(model: Transformer, directory: Path) -> None:
         orbax.save_checkpointables(0, {"model": leaves})
     config = {"model": dataclasses.asdict(model.config)}
     (directory / "config.json").write_bytes(json.dumps(config, indent=1, sort_keys=True, ensure_ascii=False).encode())
+
+
+def require_utf8(path: Path) -> Path:
+    """The path. Raises InputError for one that TensorStore cannot be given."""
+    try:
+        os.fsencode(path).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: checkpoints need a path in UTF-8; rename the directory") from error
+    return path
 
 
 @contextlib.contextmanager

@@ -136,8 +136,12 @@ def test_an_abstract_model_allocates_nothing():
 
 def test_a_path_that_is_not_utf8_is_refused_where_checkpoints_cannot_have_it(whole, tmp_path):
     odd = tmp_path / os.fsdecode(b"w\xff\xfe")
-    with pytest.raises(InputError, match="checkpoints need a path in UTF-8"):
-        hf.save_workdir(load("ckpt_b_gqa_tied"), odd)
+    for write in (
+        lambda: hf.save_workdir(load("ckpt_b_gqa_tied"), odd),
+        lambda: convert_checkpoint.convert(whole, odd, "orbax", None, "5GB", verify=False),
+    ):
+        with pytest.raises(InputError, match="w\udcff\udcfe: checkpoints need a path in UTF-8"):
+            write()
     assert list(tmp_path.iterdir()) == []
     shutil.copytree(whole, odd)
     with pytest.raises(InputError, match="checkpoints need a path in UTF-8"):
