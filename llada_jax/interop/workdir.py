@@ -24,7 +24,7 @@ from orbax.checkpoint import v1 as ocp
 
 from llada_jax.config import run_config
 from llada_jax.fields import InputError
-from llada_jax.files import damage, read_json, require_files
+from llada_jax.files import damage, read_json, require_files, write_checksums
 from llada_jax.model.config import ModelConfig, model_config
 from llada_jax.model.transformer import Transformer
 from llada_jax.parallel import processes
@@ -122,7 +122,7 @@ def _damage(place: Path, share: int, shares: int) -> str:
 
 
 def save_model(model: Transformer, directory: Path) -> None:
-    """Writes config.json and checkpoints/0 with this model into a directory that exists."""
+    """Writes config.json and checkpoints/0 with this model and its checksums into a directory that exists."""
     leaves = dict(named_leaves(model))
     with (
         _gone_on_failure(directory / "checkpoints") as place,
@@ -130,6 +130,7 @@ def save_model(model: Transformer, directory: Path) -> None:
         frugal(leaves.values(), ocdbt=False),
     ):
         orbax.save_checkpointables(0, {"model": leaves})
+    write_checksums(directory / "checkpoints" / "0")
     config = {"model": dataclasses.asdict(model.config)}
     (directory / "config.json").write_bytes(json.dumps(config, indent=1, sort_keys=True, ensure_ascii=False).encode())
 

@@ -325,10 +325,20 @@ def edit_config(**changes):
     return damage
 
 
-Q_PROJ = "checkpoints/0/model/blocks.q_proj"
+def without_checksums(change):
+    return lambda d: [(d / "checkpoints" / "0" / "checksums.json").unlink(), change(d)]
+
+
+def cut_parameter(d):
+    cut(next(p for p in (d / "checkpoints/0/model/blocks.q_proj").rglob("0") if p.is_file()), 9)
+
+
 BROKEN_WORKDIRS = {
-    "a parameter cut": (lambda d: cut(next(p for p in (d / Q_PROJ).rglob("0") if p.is_file()), 9), "0: damaged"),
-    "no metadata": (lambda d: (d / "checkpoints/0/model/_METADATA").unlink(), "0: holds no model"),
+    "a parameter cut": (cut_parameter, "step 0 is damaged .model/blocks.q_proj/.* has 9 bytes, not"),
+    "a parameter cut, no checksums": (without_checksums(cut_parameter), "0: damaged"),
+    "no metadata, no checksums": (
+        without_checksums(lambda d: (d / "checkpoints/0/model/_METADATA").unlink()), "0: holds no model",
+    ),
     "no model": (lambda d: shutil.rmtree(d / "checkpoints/0/model"), "0 is damaged .holds no model"),
     "no step": (lambda d: shutil.rmtree(d / "checkpoints/0"), "no complete checkpoint"),
     "no checkpoints": (lambda d: shutil.rmtree(d / "checkpoints"), "no checkpoints/ in it"),
@@ -337,7 +347,7 @@ BROKEN_WORKDIRS = {
     "a field of text": (edit_config(d_model="x"), "d_model is 'x'; it must be a whole number"),
     "a field unknown": (edit_config(depth=3), "config.model.depth: no such field"),
     "no group": (lambda d: (d / "config.json").write_text('{"model": 3}'), "config.model is 3"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("defect", BROKEN_WORKDIRS)

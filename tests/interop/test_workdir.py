@@ -39,6 +39,16 @@ def place(whole, tmp_path):
     return tmp_path / "w" / "checkpoints" / "20"
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_a_workdir_made_by_conversion_has_checksums_too(tmp_path, seed):
+    hf.save_workdir(load("ckpt_b_gqa_tied"), tmp_path / "w")
+    draw = random.Random(seed)
+    files = sorted(path for path in (tmp_path / "w" / "checkpoints").rglob("*") if path.is_file())
+    flip(draw.choice([path for path in files if path.stat().st_size]), draw)
+    with pytest.raises(InputError, match="step 0 is damaged"):
+        hf.load(tmp_path / "w")
+
+
 def step_of(model):
     return round(float(model.ln_f[0] - load("ckpt_b_gqa_tied").ln_f[0]))
 
