@@ -1,14 +1,28 @@
-"""Files: those of others read within bounds, and checksums of a directory. Nothing here runs what it reads."""
+"""Files: those of others read within bounds, checksums of a directory, a directory that appears at once.
 
+Nothing here runs what it reads.
+"""
+
+import contextlib
+import errno
+import glob
 import hashlib
+import itertools
 import json
 import os
+import shutil
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from llada_jax.fields import InputError
 
 LARGEST_JSON = 2**26  # bytes; parsing takes some twenty times as much memory at worst
+_DEEPEST_JSON = 100  # levels; Python reads about a thousand, and may then not be able to write them
 _LONGEST_NAME = 255  # bytes, on every file system
 
 
@@ -56,6 +70,12 @@ def parse_json(text: str, where: str) -> dict:
         raise InputError(f"{where}: not valid JSON ({str(error)[:200]}); copy it again") from error
     if not isinstance(value, dict):
         raise InputError(f"{where}: not a JSON object; copy it again")
+    level = [value]
+    for _ in range(_DEEPEST_JSON):
+        inner = (x.values() if isinstance(x, dict) else x for x in level if isinstance(x, dict | list))
+        level = list(itertools.chain.from_iterable(inner))
+    if level:
+        raise InputError(f"{where}: nested over {_DEEPEST_JSON} levels deep; copy it again")
     return value
 
 
@@ -92,23 +112,33 @@ def write_checksums(directory: Path) -> None:
         os.fsync(file.fileno())
 
 
-def damage(directory: Path, share: int = 0, shares: int = 1) -> str:
+def damage(directory: Path, share: int = 0, shares: int = 1, *, only: Callable[[str], bool] = lambda name: True) -> str:
     """The first file that is not as its checksum says, and how; "" if none is, or if there are no checksums.
 
-    Looks at every shares-th file, from number `share` on: processes divide the reading among themselves.
+    Looks at every shares-th file, from number `share` on: processes divide the reading among themselves. only: which
+    files, by their names relative to the directory.
     """
-    try:
-        expected = json.loads((directory / CHECKSUMS).read_text())
-        files = sorted(expected.items())[share::shares]
-    except FileNotFoundError:
+    if not os.path.lexists(directory / CHECKSUMS):
         return ""  # from before there were checksums
-    except (OSError, ValueError, AttributeError):
+    try:
+        expected = read_json(directory / CHECKSUMS)
+    except InputError:
         return f"{CHECKSUMS} cannot be read"
-    for name, _ in files:
-        if not (directory / name).resolve().is_relative_to(directory.resolve()):
-            return f"{CHECKSUMS} names {name!r}, which is not in the directory"
+    files = sorted((name, facts) for name, facts in expected.items() if only(name))[share::shares]
+    for name, facts in files:
+        if not isinstance(facts, list) or [type(fact) for fact in facts] != [int, str]:
+            return f"{CHECKSUMS} has no size and digest for {name[:100]!r}"
+        if not _leads_inside(directory, name):
+            return f"{CHECKSUMS} names {name[:100]!r}, which is not in the directory"
     with ThreadPoolExecutor(_THREADS) as pool:
         return next(filter(None, pool.map(lambda item: _difference(directory, *item), files)), "")
+
+
+def _leads_inside(directory: Path, name: str) -> bool:
+    try:
+        return (directory / name).resolve().is_relative_to(directory.resolve())
+    except (OSError, ValueError, RuntimeError):  # too long; NUL or a lone surrogate; a loop of links
+        return False
 
 
 def _facts(path: Path) -> list:
@@ -118,6 +148,8 @@ def _facts(path: Path) -> list:
 
 
 def _difference(directory: Path, name: str, expected: list) -> str:
+    if os.path.exists(directory / name) and not os.path.isfile(directory / name):
+        return f"{name}: not a file"
     try:
         found = _facts(directory / name)
     except OSError as error:
@@ -127,3 +159,78 @@ def _difference(directory: Path, name: str, expected: list) -> str:
     if found[0] != expected[0]:
         return f"{name} has {found[0]} bytes, not {expected[0]}"
     return f"{name} has the right size and another content"
+
+
+@contextlib.contextmanager
+def atomic_directory(output: Path) -> Iterator[Path]:
+    """A temporary sibling of `output` that takes its place at the end and vanishes on any failure.
+
+    So do parents that were made for it. Raises InputError if the place cannot be written or is full.
+    """
+    with _sigterm_raises(), _parents(output):
+        directory = _make_sibling(output)
+        try:
+            yield directory
+            directory.rename(output)
+        except InputError:
+            raise
+        except Exception as error:  # ArrayRecord raises RuntimeError, TensorStore ValueError
+            number, full = getattr(error, "errno", None), os.strerror(errno.ENOSPC)
+            if number in (errno.ENOSPC, errno.EDQUOT) or full in str(error):
+                raise InputError(f"{output}: {full.lower()}; free some or choose another place") from error
+            if number in (errno.ENOTEMPTY, errno.EEXIST) and getattr(error, "filename2", None) is not None:
+                raise InputError(f"{output}: was made by something else in the meantime; nothing is kept") from error
+            raise
+        finally:
+            shutil.rmtree(directory, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _parents(output: Path) -> Iterator[None]:
+    """Takes the parents that were not there at first away again, unless they came to hold something."""
+    absent = [parent for parent in output.parents if not os.path.lexists(parent)]
+    try:
+        yield
+    finally:
+        for parent in absent:
+            with contextlib.suppress(OSError):
+                parent.rmdir()
+
+
+def _make_sibling(output: Path) -> Path:
+    """A directory beside `output`, named for this process; what killed processes left there is removed."""
+    owner = f".{output.name}.partial-{socket.gethostname()}-"
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        for left in output.parent.glob(f"{glob.escape(owner)}*"):
+            if not _is_alive(left.name.removeprefix(owner)):
+                shutil.rmtree(left, ignore_errors=True)
+        directory = output.parent / f"{owner}{os.getpid()}"
+        directory.mkdir()
+    except OSError as error:
+        raise InputError(f"{output}: cannot be written ({error.strerror}); choose another place") from error
+    return directory
+
+
+def _is_alive(pid: str) -> bool:
+    try:
+        os.kill(int(pid), 0)
+    except (ProcessLookupError, ValueError):
+        return False
+    except PermissionError:  # someone else's, so it lives
+        return True
+    return True
+
+
+@contextlib.contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """Lets a polite kill unwind the stack as Ctrl-C does, unless someone handles it already."""
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)

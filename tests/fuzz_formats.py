@@ -20,6 +20,7 @@ from llada_jax.config import run_config
 from llada_jax.data import pipeline, prepare, sources
 from llada_jax.data.tokenizer import BOS, END_HEADER, EOS, EOT, MASK, START_HEADER, load_tokenizer, train_tokenizer
 from llada_jax.fields import InputError
+from llada_jax.files import CHECKSUMS, write_checksums
 from llada_jax.interop.workdir import abstract_model, frugal, named_leaves
 from llada_jax.model.config import PRESETS
 
@@ -219,12 +220,14 @@ def make_run_config(root):
 
 
 def make_checkpoint(root):
+    """Without checksums, so that Orbax and TensorStore read what is damaged."""
     workdir = _make_workdir(root)
+    (workdir / "checkpoints" / "0" / CHECKSUMS).unlink()
     return [path for path in (workdir / "checkpoints").rglob("*") if path.is_file()]
 
 
 def make_ocdbt_checkpoint(root):
-    """As runs save them."""
+    """As runs save them, with checksums."""
     from orbax.checkpoint import v1 as ocp
 
     step = _make_workdir(root) / "checkpoints" / "0"
@@ -232,6 +235,7 @@ def make_ocdbt_checkpoint(root):
     leaves = dict(named_leaves(_model()))
     with frugal(leaves.values()):
         ocp.save_checkpointables(str(step), {"model": leaves})
+    write_checksums(step)
     return [path for path in step.rglob("*") if path.is_file()]
 
 

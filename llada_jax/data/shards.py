@@ -1,28 +1,17 @@
-"""How rows lie on disk: the record, the shards of a dataset and the directory that appears at once.
+"""How rows lie on disk: the record and the shards of a dataset.
 
 A record is little-endian int32: tokens_L, segment_ids_L, prompt_length, length.
 """
 
 import contextlib
-import errno
-import glob
 import hashlib
-import os
-import shutil
-import signal
-import socket
-import sys
-import threading
 import zlib
 from array import array
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
-
-from llada_jax.fields import InputError
 
 FORMAT = "llada_jax.rows.v2"
 
@@ -106,78 +95,3 @@ def decode_record(record: bytes, row_length: int, checksum: int, vocab_size: int
     if values.min() < 0 or row["tokens"].max() >= vocab_size or not row["prompt_length"] <= row["length"] <= row_length:
         raise ValueError("it holds no row of this tokenizer and length")
     return row
-
-
-@contextlib.contextmanager
-def atomic_directory(output: Path) -> Iterator[Path]:
-    """A temporary sibling of `output` that takes its place at the end and vanishes on any failure.
-
-    So do parents that were made for it. Raises InputError if the place cannot be written or is full.
-    """
-    with _sigterm_raises(), _parents(output):
-        directory = _make_sibling(output)
-        try:
-            yield directory
-            directory.rename(output)
-        except InputError:
-            raise
-        except Exception as error:  # ArrayRecord raises RuntimeError, TensorStore ValueError
-            number, full = getattr(error, "errno", None), os.strerror(errno.ENOSPC)
-            if number in (errno.ENOSPC, errno.EDQUOT) or full in str(error):
-                raise InputError(f"{output}: {full.lower()}; free some or choose another place") from error
-            if number in (errno.ENOTEMPTY, errno.EEXIST) and getattr(error, "filename2", None) is not None:
-                raise InputError(f"{output}: was made by something else in the meantime; nothing is kept") from error
-            raise
-        finally:
-            shutil.rmtree(directory, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _parents(output: Path) -> Iterator[None]:
-    """Takes the parents that were not there at first away again, unless they came to hold something."""
-    absent = [parent for parent in output.parents if not os.path.lexists(parent)]
-    try:
-        yield
-    finally:
-        for parent in absent:
-            with contextlib.suppress(OSError):
-                parent.rmdir()
-
-
-def _make_sibling(output: Path) -> Path:
-    """A directory beside `output`, named for this process; what killed processes left there is removed."""
-    owner = f".{output.name}.partial-{socket.gethostname()}-"
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        for left in output.parent.glob(f"{glob.escape(owner)}*"):
-            if not _is_alive(left.name.removeprefix(owner)):
-                shutil.rmtree(left, ignore_errors=True)
-        directory = output.parent / f"{owner}{os.getpid()}"
-        directory.mkdir()
-    except OSError as error:
-        raise InputError(f"{output}: cannot be written ({error.strerror}); choose another place") from error
-    return directory
-
-
-def _is_alive(pid: str) -> bool:
-    try:
-        os.kill(int(pid), 0)
-    except (ProcessLookupError, ValueError):
-        return False
-    except PermissionError:  # someone else's, so it lives
-        return True
-    return True
-
-
-@contextlib.contextmanager
-def _sigterm_raises() -> Iterator[None]:
-    """Lets a polite kill unwind the stack as Ctrl-C does, unless someone handles it already."""
-    is_main = threading.current_thread() is threading.main_thread()
-    if not is_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
-        yield
-        return
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)

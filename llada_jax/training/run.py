@@ -19,7 +19,7 @@ from llada_jax.config import RunConfig, check_config
 from llada_jax.data import manifest, pipeline, prepare, sources
 from llada_jax.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from llada_jax.fields import InputError
-from llada_jax.interop import hf
+from llada_jax.interop import families, hf
 from llada_jax.model.attention import kernel_for
 from llada_jax.model.config import ModelConfig, model_config
 from llada_jax.model.transformer import parameter_count
@@ -305,6 +305,7 @@ def check(config: RunConfig, devices: int) -> None:
     if d.kind not in manifest.KINDS:
         raise InputError(f"config.data.kind {d.kind!r} is not one of {', '.join(manifest.KINDS)}")
     theirs = hf.load_config(t.init_from, m.dtype) if t.init_from else m
+    families.require(theirs.family)
     if d.row_length > theirs.max_sequence_length:
         raise InputError(
             f"config.data.row_length {d.row_length} is longer than the model's context, "

@@ -15,9 +15,9 @@ from llada_jax.data import prepare
 from llada_jax.data.packing import pack_documents
 from llada_jax.data.pipeline import open_dataset
 from llada_jax.data.prepare import prepare_dataset
-from llada_jax.data.shards import atomic_directory
 from llada_jax.data.tokenizer import load_tokenizer
 from llada_jax.fields import InputError
+from llada_jax.files import atomic_directory
 
 ROOT = Path(__file__).parents[2]
 TOKENIZER = load_tokenizer(Path(__file__).parents[1] / "golden" / "tokenizer")
