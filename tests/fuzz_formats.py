@@ -17,8 +17,9 @@ import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 
 from llada_jax.config import run_config
-from llada_jax.data import pipeline, prepare, sources
-from llada_jax.data.tokenizer import BOS, END_HEADER, EOS, EOT, MASK, START_HEADER, load_tokenizer, train_tokenizer
+from llada_jax.data import dataset, pipeline, prepare, sources
+from llada_jax.data.tokenizer import BOS, END_HEADER, EOS, EOT, MASK, START_HEADER, load_tokenizer
+from llada_jax.data.train_tokenizer import train_tokenizer
 from llada_jax.fields import InputError
 from llada_jax.interop.workdir import abstract_model, frugal, named_leaves
 from llada_jax.model.config import PRESETS
@@ -182,8 +183,8 @@ def make_shards(root):
 
 
 def read_data(root):
-    order = pipeline.ordered([pipeline.open_dataset(root / "d")], seed=1)
-    for kind in pipeline.KINDS:
+    order = pipeline.ordered([dataset.open_dataset(root / "d")], seed=1)
+    for kind in dataset.KINDS:
         for batch in pipeline.batches(
             order, batch_size=4, kind=kind, start_step=0, num_steps=3, seed=0, eos_id=2, threads=1, prefetch=1
         ):

@@ -191,7 +191,7 @@ def data() -> None:
     import numpy as np
 
     from llada_jax.data import pipeline
-    from llada_jax.data.shards import FORMAT, ShardWriter
+    from llada_jax.data.dataset import FORMAT, ShardWriter, open_dataset
 
     length, rows, total = LENGTH.value or 4096, ROWS.value or 16, 2048
     with tempfile.TemporaryDirectory() as directory:
@@ -210,7 +210,7 @@ def data() -> None:
         (path / "manifest.json").write_text(json.dumps(manifest))
         mesh = make_mesh(dict(run_config().mesh))
         print("| row length | rows a batch | tokens/s | spread (10-90%) |\n|---|---|---|---|")
-        order = pipeline.ordered([pipeline.open_dataset(path)])
+        order = pipeline.ordered([open_dataset(path)])
         batches = pipeline.batches(
             order, batch_size=rows, kind="text", start_step=0, num_steps=10**9, seed=0, eos_id=2,
             random_length_fraction=0.01,

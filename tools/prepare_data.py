@@ -13,13 +13,13 @@ embedded source: couplets, python_reference. Dialogues are .jsonl, a line
 from absl import flags
 
 from llada_jax import cli
-from llada_jax.data import packing, prepare, sources
+from llada_jax.data import dataset, packing, prepare, sources
 from llada_jax.data.tokenizer import load_tokenizer
 
 FILES = flags.DEFINE_list("files", None, "Comma-separated globs or embedded sources.", required=True)
 OUTPUT = flags.DEFINE_string("output", None, "Directory to make.", required=True)
 TOKENIZER = flags.DEFINE_string("tokenizer", None, "File or directory of the tokenizer.", required=True)
-KIND = flags.DEFINE_enum("kind", "text", list(prepare.KINDS), "Running text or dialogues.")
+KIND = flags.DEFINE_enum("kind", "text", list(dataset.KINDS), "Running text or dialogues.")
 ROW_LENGTH = flags.DEFINE_integer("row_length", 4096, "Tokens of a row.", lower_bound=2)
 PACKING = flags.DEFINE_enum(
     "packing",

@@ -13,7 +13,7 @@ from absl import flags
 
 from llada_jax import cli
 from llada_jax.data.sources import expand_files, read_documents
-from llada_jax.data.tokenizer import train_tokenizer
+from llada_jax.data.train_tokenizer import train_tokenizer
 
 FILES = flags.DEFINE_list("files", None, "Comma-separated globs or embedded sources.", required=True)
 OUTPUT = flags.DEFINE_string("output", None, "The tokenizer file to write, ….model.", required=True)

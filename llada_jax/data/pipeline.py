@@ -3,97 +3,24 @@
 Shapes: G rows of the global batch, B of them for this process, L positions of a row.
 """
 
-import bisect
 import dataclasses
 import functools
-import itertools
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import grain
 import numpy as np
-from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 from llada_jax.data import packing
-from llada_jax.data.manifest import KINDS, check_files, read_column, read_manifest
-from llada_jax.data.shards import decode_record
+from llada_jax.data.dataset import KINDS, DamagedRow, RowSource
 from llada_jax.fields import InputError
 
 ON_DAMAGE = ("stop", "skip")
 
 _TABLE_ROWS = 2**16  # up to here the order of an epoch is held as a table
-_STAND_IN_SEED = 0xDA3A6E  # fixed: a damaged row has the same stand-in on every host and in every run
-_MOST_STAND_INS = 100  # tried for one row, before the dataset is given up
 
 OnDamage = Callable[[int, str, str], object]  # is told the position in the order, the cause and what is done
-
-
-class DamagedRow(InputError):
-    """A row that is not as it was written."""
-
-
-class RowSource:
-    """A prepared dataset by row: `source[i]` is a dict of tokens, segment_ids (int32 [L]),
-    prompt_length and length. Thread-safe; made by `open_dataset`."""
-
-    def __init__(self, path: Path, manifest: dict[str, Any]):
-        self.path, self.manifest = path, manifest
-        self.lengths = read_column(path / "lengths.npy", np.int32, manifest["rows"])  # what is not padding
-        self._checksums = read_column(path / "checksums.npy", np.uint32, manifest["rows"])
-        self.kind: str = manifest["kind"]
-        self.row_length: int = manifest["row_length"]
-        self.tokenizer_path = path / manifest["tokenizer"]["file"]
-        shards = [_Shard(str(path / shard["file"]), 0, shard["rows"], shard["rows"]) for shard in manifest["shards"]]
-        self._records = ArrayRecordDataSource(shards)  # pyright: ignore[reportArgumentType]
-        self._ends = list(itertools.accumulate(shard["rows"] for shard in manifest["shards"]))
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        vocab_size, checksum = self.manifest["tokenizer"]["vocab_size"], int(self._checksums[index])
-        try:
-            row = decode_record(self._records[index], self.row_length, checksum, vocab_size)
-            if row["length"] != self.lengths[index]:
-                raise ValueError(f"its length {row['length']} is {self.lengths[index]} in lengths.npy")
-        except (RuntimeError, OSError, ValueError) as error:
-            shard = bisect.bisect_right(self._ends, index)
-            file = self.path / self.manifest["shards"][shard]["file"]
-            record = index - (self._ends[shard - 1] if shard else 0)
-            reason = " ".join(str(error).split())[:200]
-            raise DamagedRow(f"{file}: record {record} cannot be read ({reason}); copy the file again") from error
-        return row
-
-    def stand_in(self, index: int) -> int:
-        """The readable row that takes the place of a damaged one: a function of its index and the files alone."""
-        for attempt in range(_MOST_STAND_INS):
-            draw = packing.uniform(_STAND_IN_SEED, attempt, np.asarray([index]))[0]
-            try:
-                self[other := int(draw * len(self))]
-                return other
-            except DamagedRow:
-                pass  # the next one
-        raise InputError(f"{self.path}: {_MOST_STAND_INS} rows drawn from it cannot be read; copy the dataset again")
-
-
-class _Shard(NamedTuple):
-    """ArrayRecord's FileInstruction: with the count known, files are opened only when needed."""
-
-    filename: str
-    skip: int
-    take: int
-    examples_in_shard: int
-
-
-def open_dataset(path: str | os.PathLike) -> RowSource:
-    """Opens what `prepare_dataset` wrote; InputError if it is missing, incomplete or foreign."""
-    path = Path(path)
-    manifest = read_manifest(path)
-    check_files(path, manifest)
-    return RowSource(path, manifest)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,8 +23,7 @@ import numpy as np
 import tqdm
 
 from llada_jax.data import packing, sources
-from llada_jax.data.manifest import KINDS, read_manifest
-from llada_jax.data.shards import FORMAT, ShardWriter
+from llada_jax.data.dataset import FORMAT, KINDS, ShardWriter, read_manifest
 from llada_jax.data.tokenizer import Messages, Tokenizer
 from llada_jax.fields import InputError
 from llada_jax.files import atomic_directory

@@ -1,14 +1,11 @@
-"""One tokenizer over a SentencePiece `.model` or a Hugging Face `tokenizer.json`; its training."""
+"""One tokenizer over a SentencePiece `.model` or a Hugging Face `tokenizer.json`."""
 
 import contextlib
 import functools
 import hashlib
-import io
 import itertools
 import os
-import random
 import shutil
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +13,7 @@ from typing import Any
 import sentencepiece
 import tokenizers
 
-from llada_jax.data import chat_template, template_process
+from llada_jax.data import chat_template
 from llada_jax.fields import InputError
 from llada_jax.files import LARGEST_JSON, read_json, read_text, require_file
 
@@ -41,9 +38,6 @@ Messages = Sequence[Mapping[str, str]]
 ROLES = ("system", "user", "assistant")
 
 _META = "▁"  # SentencePiece writes a space as U+2581, so that character itself needs care
-_TRAINING_BYTES = 2**28  # a uniform sample of lines of this size is enough for any vocabulary
-_LINE_CHARACTERS = 4000
-_MODEL_TYPES = ("bpe", "unigram", "char")
 
 
 class Tokenizer:
@@ -122,62 +116,6 @@ def load_tokenizer(path: str | os.PathLike, *, mask_id: int | None = None, eot_i
 @functools.cache
 def _load_once(path: Path, mask_id: int, eot_id: int) -> Tokenizer:
     return load_tokenizer(path, mask_id=mask_id, eot_id=eot_id)
-
-
-def train_tokenizer(
-    texts: Iterable[str], path: str | os.PathLike, vocab_size: int, model_type: str = "bpe"
-) -> Tokenizer:
-    """Trains a SentencePiece model of at most `vocab_size` ids and writes it to `path` (`….model`).
-
-    Ids 0–6 are unknown, BOS, EOS, mask, the two headers and EOT; every text can be encoded and
-    comes back unchanged (bytes stand for unseen characters). Deterministic. The vocabulary is
-    smaller than asked if the text does not hold that many pieces.
-    """
-    path = Path(path)
-    if model_type not in _MODEL_TYPES:
-        raise InputError(f"model_type is {model_type!r}, must be one of {', '.join(_MODEL_TYPES)}")
-    if path.suffix != ".model":
-        raise InputError(f"{path}: the name of a SentencePiece tokenizer must end in .model")
-    fixed = 8 + len(ROLES) + 256  # special tokens and the line end; roles; bytes
-    if vocab_size <= fixed:
-        raise InputError(f"vocab_size is {vocab_size}, must exceed {fixed}: special tokens and bytes take those")
-    lines = _sample_lines(texts)
-    if not lines:
-        raise InputError(f"{path}: no text to train a tokenizer on; give files that hold text")
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(  # pyright: ignore[reportAttributeAccessIssue]
-        sentence_iterator=iter(_cut_at_rare_characters(lines, vocab_size - fixed, model_type)),
-        model_writer=model,
-        model_type=model_type,
-        vocab_size=vocab_size,
-        hard_vocab_limit=False,
-        character_coverage=1.0,
-        byte_fallback=True,
-        unk_id=0,
-        bos_id=1,
-        eos_id=2,
-        pad_id=-1,  # the padding is EOS
-        bos_piece=BOS,
-        eos_piece=EOS,
-        control_symbols=[MASK, START_HEADER, END_HEADER, EOT],
-        # Lines are cut at "\n", so it would never be learned; the roles stand in every chat row.
-        user_defined_symbols=["\n", *ROLES],
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        add_dummy_prefix=False,
-        allow_whitespace_only_pieces=True,
-        max_sentence_length=4 * _LINE_CHARACTERS,  # bytes
-        num_threads=16,  # fixed: sums of the unigram model depend on it
-        minloglevel=3,
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        partial.write_bytes(model.getvalue())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return load_tokenizer(path)
 
 
 class _SentencePiece:
@@ -282,7 +220,7 @@ class _TokenizerJson:
         self.chat_template = _chat_template(path.parent, settings) or LLADA_CHAT_TEMPLATE
         if not isinstance(self.chat_template, str):
             raise InputError(f"{path.parent}: its chat_template is no text; copy it again")
-        self._ours = template_process.environment().from_string(LLADA_CHAT_TEMPLATE)
+        self._ours = chat_template.environment().from_string(LLADA_CHAT_TEMPLATE)
 
     def encode(self, text: str) -> list[int]:
         with _told(self._path):
@@ -348,39 +286,3 @@ def _chat_template(directory: Path, settings: Mapping[str, Any]) -> str | None:
     if isinstance(template, list):  # several named templates
         template = {entry["name"]: entry["template"] for entry in template}.get("default")
     return template
-
-
-def _sample_lines(texts: Iterable[str]) -> list[str]:
-    """Non-blank lines of the texts, a uniform sample (reservoir, fixed seed) if they are many."""
-    lines: list[str] = []
-    kept_bytes, seen, draw = 0, 0, random.Random(0)
-    for text in texts:
-        for line in text.split("\n"):
-            for start in range(0, len(line), _LINE_CHARACTERS):
-                part = line[start : start + _LINE_CHARACTERS].replace("\0", "")  # refused in training
-                if not part.strip():
-                    continue
-                seen += 1
-                if kept_bytes < _TRAINING_BYTES:
-                    lines.append(part)
-                    kept_bytes += len(part.encode())
-                elif (slot := draw.randrange(seen)) < len(lines):
-                    lines[slot] = part
-    return lines
-
-
-def _cut_at_rare_characters(lines: list[str], room: int, model_type: str) -> list[str]:
-    """The lines with the characters that find no room in the vocabulary replaced by line ends.
-
-    SentencePiece refuses a `character_coverage` below 0.98 and a vocabulary smaller than its
-    characters; what is cut out here is encoded as bytes.
-    """
-    counts: Counter[str] = Counter()
-    for line in lines:
-        counts.update(line)
-    limit = room - 1 if model_type == "char" else room // 2  # leave half to longer pieces
-    if len(counts) <= limit:
-        return lines
-    ranked = sorted(counts, key=lambda character: (-counts[character], character))
-    rare = str.maketrans(dict.fromkeys(ranked[limit:], "\n"))
-    return [line.translate(rare) for line in lines]

@@ -12,9 +12,8 @@ import pyarrow.parquet
 import pytest
 
 from llada_jax import files
-from llada_jax.data import sources, template_process
-from llada_jax.data.manifest import read_column
-from llada_jax.data.pipeline import open_dataset
+from llada_jax.data import chat_template, sources
+from llada_jax.data.dataset import open_dataset, read_column
 from llada_jax.data.prepare import prepare_dataset
 from llada_jax.data.tokenizer import load_tokenizer
 from llada_jax.fields import InputError
@@ -135,10 +134,10 @@ ENDLESS = {
 
 
 WORDS = {
-    "loops in loops": f"takes over {template_process.SECONDS} seconds",
+    "loops in loops": f"takes over {chat_template.SECONDS} seconds",
     "a large range": "Range too big",
     "doubling": "needs more memory",
-    "much text": f"makes over {template_process.CHARACTERS} characters",
+    "much text": f"makes over {chat_template.CHARACTERS} characters",
     "its own refusal": "refuses these messages: roles must alternate",
 }
 
@@ -156,7 +155,7 @@ def test_a_template_without_bound_ends_in_one_line(tmp_path, kind):
 def test_a_strangers_template_gives_what_jinja_gives(tmp_path):
     template = "{% for m in messages %}\n{{ bos_token }}{{ m['role'] | upper }}: {{ m.content }}\n{% endfor %}"
     tokenizer = with_template(tmp_path / "t", template)
-    expected = template_process.environment().from_string(template).render(messages=MESSAGES, bos_token="x")
+    expected = chat_template.environment().from_string(template).render(messages=MESSAGES, bos_token="x")
     text = tokenizer.decode(tokenizer.encode_chat(MESSAGES), keep_special=True)
     assert text == expected.replace("x", "<|startoftext|>")
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from llada_jax.data import pipeline
-from llada_jax.data.pipeline import batches, open_dataset, ordered
+from llada_jax.data.dataset import open_dataset
+from llada_jax.data.pipeline import batches, ordered
 from llada_jax.data.prepare import prepare_dataset
 from llada_jax.data.tokenizer import load_tokenizer
 from llada_jax.fields import InputError

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from llada_jax.data import prepare
+from llada_jax.data.dataset import open_dataset
 from llada_jax.data.packing import pack_documents
-from llada_jax.data.pipeline import open_dataset
 from llada_jax.data.prepare import prepare_dataset
 from llada_jax.data.tokenizer import load_tokenizer
 from llada_jax.fields import InputError

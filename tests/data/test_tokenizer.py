@@ -2,13 +2,12 @@
 
 import json
 import pickle
-import random
 from pathlib import Path
 
 import pytest
 
-from llada_jax.data import tokenizer as tokenizer_module
-from llada_jax.data.tokenizer import LLADA_CHAT_TEMPLATE, load_tokenizer, train_tokenizer
+from llada_jax.data.tokenizer import LLADA_CHAT_TEMPLATE, load_tokenizer
+from llada_jax.data.train_tokenizer import train_tokenizer
 from llada_jax.fields import InputError
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -115,23 +114,6 @@ def test_pieces_are_printable(tmp_path):
         assert tokenizer.piece(tokenizer.vocab_size + 7) == "\ufffd"
 
 
-@pytest.mark.parametrize("model_type", ["bpe", "unigram"])
-def test_training_is_deterministic(tmp_path, model_type):
-    files = [tmp_path / name / "t.model" for name in ("a", "b")]
-    fingerprints = {train(file.parent, model_type, 330).fingerprint for file in files}
-    assert len(fingerprints) == 1
-    assert [path.name for path in files[0].parent.iterdir()] == ["t.model"]  # nothing else is left
-
-
-def test_large_texts_are_sampled_within_bounds(monkeypatch):
-    monkeypatch.setattr(tokenizer_module, "_TRAINING_BYTES", 1000)
-    random.seed(1)  # the sample must not depend on it
-    lines = tokenizer_module._sample_lines(f"line {i}" for i in range(5000))
-    assert len(lines) < 200 and len(set(lines)) == len(lines)
-    assert sum(int(line.split()[1]) > 2500 for line in lines) > len(lines) / 4
-    assert lines == tokenizer_module._sample_lines(f"line {i}" for i in range(5000))
-
-
 def test_mistakes_name_file_and_remedy(tmp_path):
     (tmp_path / "bad.model").write_text("junk")
     (tmp_path / "tokenizer.json").write_text("{")
@@ -145,12 +127,6 @@ def test_mistakes_name_file_and_remedy(tmp_path):
         with pytest.raises(InputError, match=words) as caught:
             load_tokenizer(tmp_path / path)
         assert path in str(caught.value) and "\n" not in str(caught.value)
-    for arguments, words in [((100,), "vocab_size"), ((400, "wordpiece"), "model_type")]:
-        with pytest.raises(InputError, match=words):
-            train_tokenizer(TEXTS, tmp_path / "t.model", *arguments)
-    with pytest.raises(InputError, match="no text"):
-        train_tokenizer([" \n"], tmp_path / "t.model", 400)
-    assert not (tmp_path / "t.model").exists()
 
 
 def test_a_missing_mask_is_refused_unless_its_id_is_given(tmp_path):
