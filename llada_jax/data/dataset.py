@@ -1,7 +1,7 @@
 """A prepared dataset on disk: its manifest, its shards of records and how they are written and read.
 
 A directory holds manifest.json, the shards that it names, lengths.npy and checksums.npy (of each row) and a tokenizer.
-A record is little-endian int32: tokens_L, segment_ids_L, prompt_length, length.
+A record is the bytes of its fields, little-endian, in the order of the manifest.
 """
 
 import bisect
@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import math
 import os
 import zlib
 from array import array
@@ -21,14 +22,15 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from llada_jax.data import packing
+from llada_jax.data.kind import LONGEST_ROW, Field, Record
 from llada_jax.fields import InputError
 from llada_jax.files import LARGEST_JSON, inside, read_json, require_file
 
 FORMAT = "llada_jax.rows.v2"
-KINDS = ("text", "chat")
 
 _AGAIN = "copy the dataset again, or prepare it with tools/prepare_data.py"
-_LONGEST_ROW = 2**24
+_DTYPES = ("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "float16", "float32", "float64")
+_LARGEST_RECORD = 2**28  # bytes
 _BEGUN = "inputs.json"  # of a workdir: the files that its run began with
 _COMPARED = (
     "manifest.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
@@ -45,8 +47,10 @@ class DamagedRow(InputError):
 
 
 class RowSource:
-    """A prepared dataset by row: `source[i]` is a dict of tokens, segment_ids (int32 [L]),
-    prompt_length and length. Thread-safe; made by `open_dataset`."""
+    """A prepared dataset by row: `source[i]` is a record, each field a NumPy array or scalar of its dtype.
+
+    Thread-safe; made by `open_dataset`. Raises DamagedRow for a record that is not as it was written.
+    """
 
     def __init__(self, path: Path, manifest: dict[str, Any]):
         self.path, self.manifest = path, manifest
@@ -54,6 +58,11 @@ class RowSource:
         self._checksums = read_column(path / "checksums.npy", np.uint32, manifest["rows"])
         self.kind: str = manifest["kind"]
         self.row_length: int = manifest["row_length"]
+        self.fields = fields_of(manifest)
+        self._dtype = record_dtype(self.fields)
+        # Tokens that a loss may ask for. Datasets of dialogues from before it was counted do not have it.
+        unknown = manifest["tokens"] if self.kind == "text" else None
+        self.scored_tokens: int | None = manifest.get("scored_tokens", unknown)
         self.tokenizer_path = path / manifest["tokenizer"]["file"]
         shards = [_Shard(str(path / shard["file"]), 0, shard["rows"], shard["rows"]) for shard in manifest["shards"]]
         self._records = ArrayRecordDataSource(shards)  # pyright: ignore[reportArgumentType]
@@ -62,10 +71,9 @@ class RowSource:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        vocab_size, checksum = self.manifest["tokenizer"]["vocab_size"], int(self._checksums[index])
+    def __getitem__(self, index: int) -> Record:
         try:
-            row = decode_record(self._records[index], self.row_length, checksum, vocab_size)
+            row = decode_record(self._records[index], self.fields, self._dtype, int(self._checksums[index]))
             if row["length"] != self.lengths[index]:
                 raise ValueError(f"its length {row['length']} is {self.lengths[index]} in lengths.npy")
         except (RuntimeError, OSError, ValueError) as error:
@@ -111,7 +119,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     Raises InputError if there is none, and where it is not as `prepare_dataset` writes it.
     """
     path = directory / "manifest.json"
-    if not path.exists():
+    if not os.path.exists(path):  # False for names that no file can have, too
         raise InputError(f"{directory}: no dataset there (no manifest.json); prepare it with tools/prepare_data.py")
     manifest = read_json(path)
     if manifest.get("format") != FORMAT:
@@ -121,10 +129,11 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         if not ok:
             raise InputError(f"{path}: {what} is not what tools/prepare_data.py writes; {_AGAIN}")
 
-    require(manifest.get("kind") in KINDS, "kind")
-    require(_count(manifest.get("row_length"), _LONGEST_ROW) and manifest["row_length"] >= 2, "row_length")
+    require(isinstance(manifest.get("kind"), str), "kind")
+    require(_count(manifest.get("row_length"), LONGEST_ROW) and manifest["row_length"] >= 2, "row_length")
     for name in ("rows", "tokens", "bytes", "documents", "dropped"):
         require(_count(manifest.get(name)), name)
+    require(_count(manifest.get("scored_tokens", 0)), "scored_tokens")
     shards: Any = manifest.get("shards")
     tokenizer: Any = manifest.get("tokenizer")
     require(isinstance(shards, list) and len(shards) > 0, "shards")
@@ -136,7 +145,34 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     require(isinstance(tokenizer, dict) and isinstance(tokenizer.get("fingerprint"), str), "tokenizer")
     require(_count(tokenizer.get("vocab_size"), 2**31 - 1), "the tokenizer's vocab_size")
     inside(directory, tokenizer.get("file"), str(path))
+    require(_are_fields(manifest.get("fields", {"length": {"dtype": "int32", "shape": []}})), "fields")
     return manifest
+
+
+def fields_of(manifest: dict[str, Any]) -> dict[str, Field]:
+    """The fields of the records, in the order of their bytes."""
+    if "fields" not in manifest:  # written when there were rows of tokens only
+        return packing.row_fields(manifest["row_length"], manifest["tokenizer"]["vocab_size"])
+    return {
+        name: Field(field["dtype"], tuple(field["shape"]), field.get("below"))
+        for name, field in manifest["fields"].items()
+    }
+
+
+def _are_fields(fields: Any) -> bool:
+    if not isinstance(fields, dict) or not all(name.isidentifier() and _is_field(fields[name]) for name in fields):
+        return False
+    length = fields.get("length", {})
+    size = sum(np.dtype(field["dtype"]).itemsize * math.prod(field["shape"]) for field in fields.values())
+    return (length.get("dtype"), length.get("shape")) == ("int32", []) and size <= _LARGEST_RECORD
+
+
+def _is_field(field: Any) -> bool:
+    if not isinstance(field, dict) or field.get("dtype") not in _DTYPES or not isinstance(field.get("shape"), list):
+        return False
+    dtype, sizes, below = np.dtype(field["dtype"]), field["shape"], field.get("below")
+    bounded = below is None or (dtype.kind in "iu" and _count(below, 2 ** (8 * dtype.itemsize - 1)))
+    return bounded and len(sizes) <= 8 and all(_count(n, LONGEST_ROW) and n > 0 for n in sizes)
 
 
 def check_files(directory: Path, manifest: dict[str, Any]) -> None:
@@ -202,28 +238,29 @@ def _digest(path: Path) -> str:
 
 
 class ShardWriter:
-    """Writes rows into shards of `rows_per_shard`; `lengths.npy` and `checksums.npy` (CRC-32 of each) at the end."""
+    """Writes records into shards of `rows_per_shard`; `lengths.npy` and `checksums.npy` (CRC-32 of each) at the end."""
 
-    def __init__(self, directory: Path, rows_per_shard: int):
+    def __init__(self, directory: Path, fields: dict[str, Field], rows_per_shard: int):
         directory.mkdir(exist_ok=True)
-        self._directory, self._rows_per_shard = directory, rows_per_shard
+        self._directory, self._fields, self._rows_per_shard = directory, fields, rows_per_shard
+        self._dtype = record_dtype(fields)
         self._writer: ArrayRecordWriter | None = None
         self._lengths, self._checksums = array("i"), array("I")
         self._shards: list[dict[str, Any]] = []
 
-    def write(self, tokens_L: np.ndarray, segment_ids_L: np.ndarray, prompt_length: int, length: int):
-        """Appends a row; `length` counts its positions that are not padding."""
+    def write(self, record: Record):
+        """Appends a record, which must have the fields that the writer was made with."""
         writer = self._writer or ArrayRecordWriter(str(self._path()), _WRITER_OPTIONS)
         self._writer = writer
-        record = np.concatenate([tokens_L, segment_ids_L, [prompt_length, length]]).astype("<i4").tobytes()
-        writer.write(record)
-        self._lengths.append(length)
-        self._checksums.append(zlib.crc32(record))
+        data = encode_record(record, self._dtype)
+        writer.write(data)
+        self._lengths.append(int(record["length"]))
+        self._checksums.append(zlib.crc32(data))
         if len(self._lengths) % self._rows_per_shard == 0:
             self._finish_shard()
 
     def finish(self) -> dict[str, Any]:
-        """Closes the last shard; returns the rows, tokens and shards of the manifest."""
+        """Closes the last shard; returns the rows, tokens, fields and shards of the manifest."""
         self._finish_shard()
         for i, shard in enumerate(self._shards):
             shard["file"] = f"rows-{i:05d}-of-{len(self._shards):05d}.arrayrecord"
@@ -234,6 +271,7 @@ class ShardWriter:
         return {
             "rows": len(lengths),
             "tokens": int(lengths.sum(dtype=np.int64)),
+            "fields": {name: {**f._asdict(), "shape": list(f.shape)} for name, f in self._fields.items()},
             "shards": self._shards,
         }
 
@@ -263,17 +301,35 @@ class ShardWriter:
         self._shards.append({"file": path.name, "rows": rows, "bytes": path.stat().st_size, "sha256": digest})
 
 
-def decode_record(record: bytes, row_length: int, checksum: int, vocab_size: int) -> dict[str, Any]:
-    """tokens and segment_ids int32 [L] (views), prompt_length and length. Raises ValueError for anything else."""
-    if len(record) != 8 * row_length + 8 or zlib.crc32(record) != checksum:
+def record_dtype(fields: dict[str, Field]) -> np.dtype:
+    """The bytes of a record: its fields one after the other, little-endian."""
+    return np.dtype([(name, np.dtype(field.dtype).newbyteorder("<"), field.shape) for name, field in fields.items()])
+
+
+def encode_record(record: Record, dtype: np.dtype) -> bytes:
+    names = dtype.names or ()
+    assert set(record) == set(names), f"a record of {sorted(record)} in a dataset of {sorted(names)}"
+    values = np.empty((), dtype)
+    for name in names:
+        assert np.shape(record[name]) == values[name].shape, f"{name} has shape {np.shape(record[name])}"
+        values[name] = record[name]
+    return values.tobytes()
+
+
+def decode_record(data: bytes, fields: dict[str, Field], dtype: np.dtype, checksum: int) -> dict[str, Any]:
+    """The fields as arrays (views) or NumPy scalars. Raises ValueError for other bytes than were written."""
+    if len(data) != dtype.itemsize or zlib.crc32(data) != checksum:
         raise ValueError("its bytes are not those that were written")
-    values = np.frombuffer(record, "<i4")
-    row = {
-        "tokens": values[:row_length],
-        "segment_ids": values[row_length : 2 * row_length],
-        "prompt_length": int(values[-2]),
-        "length": int(values[-1]),
-    }
-    if values.min() < 0 or row["tokens"].max() >= vocab_size or not row["prompt_length"] <= row["length"] <= row_length:
-        raise ValueError("it holds no row of this tokenizer and length")
-    return row
+    values = np.frombuffer(data, dtype)[0]
+    record = {name: values[name] for name in fields}
+    for name, field in fields.items():
+        if field.below is not None and not _all_below(record[name], field.below):
+            raise ValueError(f"its {name} are not from 0 to below {field.below}")
+    return record
+
+
+def _all_below(x: Any, below: int) -> bool:
+    """Whether the integers of x, an array or a scalar, are from 0 to below `below`."""
+    if x.ndim == 0:
+        return 0 <= x < below
+    return x.view(f"u{x.itemsize}").max() < below  # as unsigned numbers, negative ones are above all that it may be

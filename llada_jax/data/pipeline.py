@@ -12,23 +12,19 @@ from typing import Any
 import grain
 import numpy as np
 
-from llada_jax.data import packing
-from llada_jax.data.dataset import KINDS, DamagedRow, RowSource
+from llada_jax.data import KINDS, packing
+from llada_jax.data.dataset import DamagedRow, RowSource
+from llada_jax.data.kind import Batch, Place, Record
 from llada_jax.fields import InputError
-
-ON_DAMAGE = ("stop", "skip")
 
 _TABLE_ROWS = 2**16  # up to here the order of an epoch is held as a table
 
-OnDamage = Callable[[int, str, str], object]  # is told the position in the order, the cause and what is done
+OnDamage = Callable[[int, str, str], object]  # called with the position in the order, the cause and what is done
 
 
 @dataclasses.dataclass(frozen=True)
 class Order:
-    """The infinite global order of rows: `order[g]` reads the row of position g.
-
-    With `on_damage`, a row that cannot be read is told to it and replaced by its stand-in, which has "replaced" set.
-    """
+    """The infinite global order of rows. With `on_damage`, a row that cannot be read is replaced by its stand-in."""
 
     sources: tuple[RowSource, ...]
     places: grain.MapDataset
@@ -40,17 +36,18 @@ class Order:
         assert place is not None  # grain's way to filter, not used here
         return place
 
-    def __getitem__(self, position: int) -> dict[str, Any]:
+    def read(self, position: int) -> tuple[Record, bool]:
+        """The record of a position, and whether it is the stand-in for one that cannot be read."""
         number, row = self.place(position)
         source = self.sources[number]
         try:
-            return source[row]
+            return source[row], False
         except DamagedRow as error:
             if self.on_damage is None:
                 raise InputError(f"{error}, or set config.data.on_damage to 'skip'") from error
             other = source.stand_in(row)
             self.on_damage(position, str(error), f"row {other} of the dataset stands in for row {row}")
-            return source[other] | {"replaced": True}
+            return source[other], True
 
 
 def ordered(
@@ -117,38 +114,48 @@ def batches(
     seed: int,
     eos_id: int,
     only: Sequence[int] | np.ndarray | None = None,
-    random_length_fraction: float = 0.0,
-    split_fraction: float = 0.0,
     threads: int = 4,
     prefetch: int = 8,
-) -> Iterator[dict[str, np.ndarray]]:
-    """Batches of steps start_step, …, num_steps - 1; row j of step s is order[s * batch_size + j].
+    **options: Any,
+) -> Iterator[Batch]:
+    """Batches of steps start_step, …, num_steps - 1; row j of step s is order.read(s * batch_size + j).
 
-    Each is a dict of the rows that `only` names (those of this process; None: all): tokens and
-    segment_ids int32 [B, L] (segment 0 is padding), maskable bool [B, L], answer_length int32 [B]
-    (how many positions are maskable); where damaged rows are replaced, which ones were: replaced bool [B]. No other
-    rows are read.
-    "text": everything but padding is maskable; `random_length_fraction` and `split_fraction` apply.
-    "chat": the reply is maskable, and so is the EOS that pads it to the longest dialogue of the
-    *global* batch; text rows may be mixed in. `prefetch` batches are made ahead by `threads`.
+    Each is what `collate` of the kind makes of the rows that `only` names (those of this process; None: all); no other
+    rows are read. Where damaged rows are replaced, "replaced" bool [B] says which ones were. `options` are those of the
+    kind. `prefetch` batches are made ahead by `threads`.
     """
-    if kind not in KINDS:
-        raise InputError(f"kind is {kind!r}, must be one of {', '.join(KINDS)}")
-    if kind == "chat" and (random_length_fraction or split_fraction):
-        raise InputError("random_length_fraction and split_fraction are for kind 'text'; leave them 0 for 'chat'")
+    require_fields(order.sources, kind)
+    for name in options:
+        if name not in KINDS[kind].options:
+            raise InputError(f"{name} is no option of kind {kind!r}; leave it out")
     make = functools.partial(
         _make_batch,
         order=order,
         batch_size=batch_size,
         only=range(batch_size) if only is None else only,
-        kind=kind,
+        collate=functools.partial(KINDS[kind].collate, **options),
         seed=seed,
         eos_id=eos_id,
-        fractions=(random_length_fraction, split_fraction),
     )
     steps = grain.MapDataset.range(start_step, max(num_steps, start_step))
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
-    return iter(steps.map(make).to_iter_dataset(options))
+    read = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
+    return iter(steps.map(make).to_iter_dataset(read))
+
+
+def require_fields(sources: Sequence[RowSource], kind: str) -> None:
+    """Raises InputError for an unknown kind, and for a dataset whose rows do not have the fields of that kind.
+
+    Datasets of other kinds may be mixed in if they have the same fields, such as text among dialogues.
+    """
+    if kind not in KINDS:
+        raise InputError(f"kind is {kind!r}, must be one of {', '.join(KINDS)}")
+    for source in sources:
+        wanted = KINDS[kind].fields(source.row_length, source.manifest["tokenizer"]["vocab_size"])
+        if source.fields != wanted:
+            raise InputError(
+                f"{source.path}: its rows, of kind {source.kind!r}, are not what kind {kind!r} reads "
+                f"({', '.join(wanted)}); prepare it with --kind={kind}"
+            )
 
 
 def _make_batch(
@@ -157,65 +164,21 @@ def _make_batch(
     order: Order,
     batch_size: int,
     only: Sequence[int] | np.ndarray,
-    kind: str,
+    collate: Callable[..., Batch],
     seed: int,
     eos_id: int,
-    fractions: tuple[float, float],
-) -> dict[str, np.ndarray]:
+) -> Batch:
     positions_G = range(step * batch_size, (step + 1) * batch_size)
     positions_B = np.asarray([positions_G[row] for row in only])
-    read = [order[int(g)] for g in positions_B]
-    replaced = {} if order.on_damage is None else {"replaced": np.asarray(["replaced" in row for row in read])}
-    tokens_BL = np.stack([row["tokens"] for row in read])
-    segment_ids_BL = np.stack([row["segment_ids"] for row in read])
-    if kind == "chat":
-        longest = _longest_dialogue(order, positions_G)
-        prompts_B = np.asarray([row["prompt_length"] for row in read], np.int32)
-        return _pad_answers(tokens_BL, segment_ids_BL, prompts_B, longest, eos_id) | replaced
-    random_fraction, split_fraction = fractions
-    if random_fraction:
-        tokens_BL, segment_ids_BL = packing.random_length(
-            tokens_BL,
-            segment_ids_BL,
-            positions_B,
-            fraction=random_fraction,
-            seed=seed,
-            pad_id=eos_id,
-        )
-    if split_fraction:
-        segment_ids_BL = packing.split_in_two(segment_ids_BL, positions_B, fraction=split_fraction, seed=seed)
-    return _batch(tokens_BL, segment_ids_BL, segment_ids_BL > 0) | replaced
+    records, replaced = zip(*(order.read(int(g)) for g in positions_B), strict=True)
+    batch = collate(records, Place(positions_B, functools.partial(_longest, order, positions_G), seed, eos_id))
+    return batch if order.on_damage is None else batch | {"replaced": np.asarray(replaced)}
 
 
-def _longest_dialogue(order: Order, positions_G: range) -> int:
-    """Length of the longest chat row of the global batch, which every process finds by itself."""
+def _longest(order: Order, positions_G: range, kind: str) -> int:
+    """The largest length of the rows of a kind in the global batch, which every process finds without reading them."""
     longest = 0
     for source, row in map(order.place, positions_G):
-        if order.sources[source].kind == "chat":
+        if order.sources[source].kind == kind:
             longest = max(longest, int(order.sources[source].lengths[row]))
     return longest
-
-
-def _pad_answers(
-    tokens_BL: np.ndarray,
-    segment_ids_BL: np.ndarray,
-    prompts_B: np.ndarray,
-    longest: int,
-    eos_id: int,
-) -> dict[str, np.ndarray]:
-    """EOS up to `longest` becomes part of the reply (LLaDA's SFT): maskable and attended."""
-    is_chat_B1 = (prompts_B > 0)[:, None]  # a text row has no prompt
-    columns_L = np.arange(tokens_BL.shape[1])
-    filler_BL = is_chat_B1 & (segment_ids_BL == 0) & (columns_L < longest)
-    tokens_BL = np.where(filler_BL, eos_id, tokens_BL)
-    segment_ids_BL = np.where(filler_BL, 1, segment_ids_BL)
-    return _batch(tokens_BL, segment_ids_BL, (segment_ids_BL > 0) & (columns_L >= prompts_B[:, None]))
-
-
-def _batch(tokens_BL: np.ndarray, segment_ids_BL: np.ndarray, maskable_BL: np.ndarray) -> dict[str, np.ndarray]:
-    return {
-        "tokens": tokens_BL.astype(np.int32, copy=False),
-        "segment_ids": segment_ids_BL.astype(np.int32, copy=False),
-        "maskable": maskable_BL,
-        "answer_length": maskable_BL.sum(1, dtype=np.int32),
-    }

@@ -11,7 +11,6 @@ import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from llada_jax.data.tokenizer import ROLES
 from llada_jax.fields import InputError
 from llada_jax.files import require_file
 
@@ -71,40 +70,20 @@ def read_documents(path: str, documents: str = "file") -> Iterator[str]:
     return (text for text in texts if text.strip())
 
 
-def read_dialogues(path: str) -> Iterator[tuple[str, list[dict[str, str]]]]:
-    """Pairs ("file:line", messages) of a JSONL file of `{"messages": [{"role", "content"}, …]}`.
-
-    A system message may come first; then user and assistant take turns, and the assistant answers
-    at least once. Raises InputError naming the line and the role otherwise.
-    """
+def read_jsonl(path: str, line: str) -> Iterator[tuple[str, object]]:
+    """Pairs ("file:line", value) of a JSONL file; `line`, for the InputError of other files, is an example of one."""
     if _kind(path) != "jsonl":
-        raise InputError(f'{path}: dialogues are read from .jsonl, one {{"messages": […]}} a line')
-    for where, value in _json_lines(path):
-        messages = value.get("messages") if isinstance(value, dict) else None
-        yield where, check_messages(messages, where)
+        raise InputError(f"{path}: is not .jsonl; data of this kind is read from that, one {line} a line")
+    yield from _json_lines(path)
 
 
-def check_messages(messages: object, where: str) -> list[dict[str, str]]:
-    """The messages, reduced to role and content; InputError that begins with `where` if wrong."""
-    if not isinstance(messages, list) or not messages:
-        raise InputError(f'{where}: needs "messages", a list of {{"role", "content"}}')
-    expected = ("system", "user")
-    for i, message in enumerate(messages, start=1):
-        role = message.get("role") if isinstance(message, dict) else None
-        if role not in ROLES:
-            raise InputError(f"{where}: message {i} has role {role!r}, must be one of {', '.join(ROLES)}")
-        if role not in expected:
-            wanted = " or ".join(expected)
-            raise InputError(
-                f"{where}: message {i} has role {role!r}, but {wanted} must come there; user and assistant take turns"
-            )
-        if not isinstance(message.get("content"), str):
-            raise InputError(f'{where}: message {i} ({role}) has no text in "content"')
-        _check_unicode(message["content"], where)
-        expected = ("assistant",) if role == "user" else ("user",)
-    if not any(message["role"] == "assistant" for message in messages):
-        raise InputError(f"{where}: no message has role 'assistant'; there is nothing to learn from it")
-    return [{"role": message["role"], "content": message["content"]} for message in messages]
+def check_unicode(text: str, where: str) -> str:
+    """`text`, if it can be written as UTF-8. Raises InputError, which begins with `where`, otherwise."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{where}: half of a surrogate pair at character {error.start}; repair the escape") from error
+    return text
 
 
 def couplets() -> list[tuple[str, str, str]]:
@@ -243,15 +222,7 @@ def _text_field(value: object, where: str) -> str:
     if not isinstance(text, str):
         found = f"an object with keys {sorted(value)[:8]}" if isinstance(value, dict) else f"a {type(value).__name__}"
         raise InputError(f'{where}: needs {{"text": "…"}}, found {found}')
-    return _check_unicode(text, where)
-
-
-def _check_unicode(text: str, where: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(f"{where}: half of a surrogate pair at character {error.start}; repair the escape") from error
-    return text
+    return check_unicode(text, where)
 
 
 def _parquet_texts(path: str) -> Iterator[str]:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llada_jax.config import RunConfig, check_config
-from llada_jax.data import dataset, pipeline, prepare, sources
+from llada_jax.data import KINDS, dataset, pipeline, prepare, sources
 from llada_jax.data.tokenizer import Tokenizer, load_tokenizer
 from llada_jax.data.train_tokenizer import train_tokenizer
 from llada_jax.fields import InputError
@@ -209,6 +209,7 @@ def open_data(config: RunConfig, workdir: Path):
         _require_shared(path)
     weighted = [(path, 1.0), *((Path(other), float(weight)) for other, weight in data.mixture)]
     opened = [dataset.open_dataset(other) for other, _ in weighted]
+    pipeline.require_fields(opened, data.kind)
     tokenizer = load_tokenizer(opened[0].tokenizer_path)
     for source in opened:
         if source.row_length != data.row_length:
@@ -303,8 +304,8 @@ def check(config: RunConfig, devices: int) -> None:
     t, d, o, m = config.train, config.data, config.objective, config.model
     if o.name not in OBJECTIVES:
         raise InputError(f"config.objective.name {o.name!r} is not one of {', '.join(OBJECTIVES)}")
-    if d.kind not in dataset.KINDS:
-        raise InputError(f"config.data.kind {d.kind!r} is not one of {', '.join(dataset.KINDS)}")
+    if d.kind not in KINDS:
+        raise InputError(f"config.data.kind {d.kind!r} is not one of {', '.join(KINDS)}")
     theirs = hf.load_config(t.init_from, m.dtype) if t.init_from else m
     if d.row_length > theirs.max_sequence_length:
         raise InputError(
@@ -342,13 +343,12 @@ def _batches(config, order, tokenizer, first, mesh, offset=0) -> Iterator[Batch]
 
     offset: how many batches rollbacks have left out.
     """
-    text, size = config.data.kind == "text", config.train.batch_size
+    size = config.train.batch_size
     rows = pipeline.batches(
         order, batch_size=size, kind=config.data.kind, start_step=first + offset,
         num_steps=config.train.steps + offset, seed=config.train.seed, eos_id=tokenizer.eos_id,
         only=rows_of_process(mesh, size), threads=config.data.threads,
-        random_length_fraction=config.data.random_length_fraction if text else 0.0,
-        split_fraction=config.data.split_fraction if text else 0.0,
+        **{name: config.data[name] for name in KINDS[config.data.kind].options},
     )  # fmt: skip
     placed = (_placed(batch, mesh, size) for batch in rows)
     ahead = collections.deque(itertools.islice(placed, 2))

@@ -188,7 +188,7 @@ NAMES = ["../x", "..", ".", "", "/etc/passwd", "a/b", "a/../../x", "x\0y", "rows
 def dataset(tmp_path):
     tokenizer = load_tokenizer(GOLDEN)
     prepare_dataset(
-        tmp_path / "d", texts=["a b c"] * 9, tokenizer=tokenizer, row_length=8, packing="document", workers=1,
+        tmp_path / "d", items=["a b c"] * 9, tokenizer=tokenizer, row_length=8, packing="document", workers=1,
         progress=False,
     )  # fmt: skip
     return tmp_path / "d"

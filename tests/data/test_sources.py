@@ -8,19 +8,13 @@ import pyarrow.parquet
 import pytest
 
 from llada_jax.data import sources
-from llada_jax.data.sources import expand_files, read_dialogues, read_documents
+from llada_jax.data.sources import expand_files, read_documents
 from llada_jax.fields import InputError
-
-USER, REPLY = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 
 
 def write(path, *lines):
     path.write_bytes(b"\n".join(line if isinstance(line, bytes) else line.encode() for line in lines))
     return str(path)
-
-
-def dialogue(*messages):
-    return json.dumps({"messages": messages})
 
 
 @pytest.mark.parametrize(
@@ -89,34 +83,6 @@ def test_one_giant_document_is_refused_with_the_remedy(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="--documents=paragraph"):
         list(read_documents(path))
     assert len(list(read_documents(path, "line"))) == 3
-
-
-def test_dialogues_come_with_their_place(tmp_path):
-    system = {"role": "system", "content": "s", "extra": 1}
-    path = write(tmp_path / "x.jsonl", dialogue(system, USER, REPLY, USER), "", dialogue(USER, REPLY))
-    (first, messages), (second, _) = read_dialogues(path)
-    assert (first, second) == (f"{path}:1", f"{path}:3")
-    assert messages == [{"role": "system", "content": "s"}, USER, REPLY, USER]
-
-
-@pytest.mark.parametrize(
-    "messages, words",
-    [
-        ([USER], "'assistant'"),
-        ([REPLY], "message 1 has role 'assistant'"),
-        ([{"role": "system", "content": "s"}, REPLY], "message 2 has role 'assistant'"),
-        ([USER, USER, REPLY], "message 2 has role 'user'"),
-        ([USER, {"role": "bot", "content": "a"}], "message 2 has role 'bot'"),
-        ([USER, {"role": "assistant"}], r"message 2 \(assistant\) has no text"),
-        ([USER, {"role": "assistant", "content": ["a"]}], "message 2"),
-        ([USER, "hello"], "message 2 has role None"),
-        ([], "messages"),
-    ],
-)
-def test_malformed_dialogues_name_line_and_role(tmp_path, messages, words):
-    path = write(tmp_path / "x.jsonl", dialogue(USER, REPLY), dialogue(*messages))
-    with pytest.raises(InputError, match=f"x.jsonl:2: .*{words}"):
-        list(read_dialogues(path))
 
 
 def test_patterns_expand_sorted_and_once(tmp_path):

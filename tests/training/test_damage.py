@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llada_jax.data.dataset import KINDS, DamagedRow, open_dataset
+from llada_jax.data import KINDS
+from llada_jax.data.dataset import DamagedRow, open_dataset
 from llada_jax.data.pipeline import batches, ordered
 from llada_jax.data.prepare import prepare_dataset
 from llada_jax.data.tokenizer import load_tokenizer
@@ -23,7 +24,7 @@ DIALOGUES = [
 
 
 def prepared(path, kind="text", row_length=32, **options):
-    contents = {"texts": TEXTS, "packing": "document"} if kind == "text" else {"dialogues": DIALOGUES}
+    contents = {"items": TEXTS, "packing": "document"} if kind == "text" else {"items": DIALOGUES}
     prepare_dataset(
         path, kind=kind, tokenizer=TOKENIZER, row_length=row_length, rows_per_shard=20, workers=1, progress=False,
         **contents | options,
@@ -226,7 +227,7 @@ def append(path):
 
 def rewrite(directory, texts):
     shutil.rmtree(directory)
-    prepared(directory, texts=texts, row_length=64)
+    prepared(directory, items=texts, row_length=64)
 
 
 @pytest.mark.parametrize("change", CHANGES)
