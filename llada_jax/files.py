@@ -44,13 +44,30 @@ def require_files(directory: Path) -> None:
                 raise InputError(f"{path}: not a file; copy it again")
 
 
-def read_text(path: Path) -> str:
-    """The text of a configuration file. Raises InputError if it is no file, too large or not UTF-8."""
-    require_file(path, LARGEST_JSON)
+def read_bytes(path: Path, most_bytes: int) -> bytes:
+    """A file as a whole. Raises InputError if it is no regular file, larger than that or cannot be read."""
+    require_file(path, most_bytes)
     try:
-        return path.read_bytes().decode("utf-8")
+        return path.read_bytes()
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal. Raises InputError if it is no regular file or cannot be read."""
+    require_file(path)
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def read_text(path: Path) -> str:
+    """The text of a configuration file. Raises InputError if it is no file, too large or not UTF-8."""
+    data = read_bytes(path, LARGEST_JSON)
+    try:
+        return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); copy it again") from error
 
@@ -187,8 +204,9 @@ def _make_sibling(output: Path) -> Path:
                 shutil.rmtree(left, ignore_errors=True)
         directory = output.parent / f"{owner}{os.getpid()}"
         directory.mkdir()
-    except OSError as error:
-        raise InputError(f"{output}: cannot be written ({error.strerror}); choose another place") from error
+    except (OSError, ValueError) as error:  # ValueError: a name with a NUL
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{output}: cannot be written ({reason}); choose another place") from error
     return directory
 
 

@@ -78,12 +78,13 @@ atexit.register(_RENDERER._close)
 
 def render(template: str, values: dict[str, Any], where: Path) -> str:
     """The text of a template. Raises InputError that names `where` it came from, whatever the template does."""
-    from llada_jax.fields import InputError  # not above: the process that renders starts without the package
+    from llada_jax.data.sources import check_unicode  # not above: the process that renders starts without the package
+    from llada_jax.fields import InputError
 
     answer = _RENDERER.ask({"template": template, "values": values})
     if "error" in answer:
         raise InputError(f"{where}: its chat template {' '.join(answer['error'].split())}")
-    return answer["text"]
+    return check_unicode(answer["text"], f"{where}: what its chat template makes")
 
 
 class _Refusal(Exception):

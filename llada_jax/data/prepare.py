@@ -319,6 +319,6 @@ def _write(
                 raise InputError(
                     f"the {name} part of {number} documents has no rows; change "
                     f"validation_fraction ({plan.validation_fraction}) or make documents smaller "
-                    "(--documents=paragraph)"
+                    "(documents=paragraph)"
                 )
     return manifests["train"]

@@ -5,6 +5,7 @@ import csv
 import glob
 import gzip
 import json
+import os
 import sysconfig
 import warnings
 import zlib
@@ -25,14 +26,15 @@ _LARGEST_DOCUMENT = 2**26  # bytes; one document, or line, is held and tokenised
 def expand_files(patterns: str | Sequence[str]) -> list[str]:
     """Sorted paths that match comma-separated globs (`**` allowed); embedded names are kept.
 
-    Raises InputError for a pattern without a match, a directory and an empty file.
+    Raises InputError for a pattern without a match, for a directory, an empty file, whatever else is no regular file,
+    and a name that is not UTF-8.
     """
     if isinstance(patterns, str):
         patterns = patterns.split(",")
     found = set()
     for pattern in filter(None, (str(pattern).strip() for pattern in patterns)):
         # A name is tried as it stands first: brackets are common in file names.
-        is_name = pattern in EMBEDDED or Path(pattern).exists()
+        is_name = pattern in EMBEDDED or os.path.exists(pattern)  # False for names that no file can have, too
         matches = [pattern] if is_name else glob.glob(pattern, recursive=True)
         files = [match for match in matches if not Path(match).is_dir()]
         if not files:
@@ -43,6 +45,7 @@ def expand_files(patterns: str | Sequence[str]) -> list[str]:
     if not found:
         raise InputError("no files given; name them by comma-separated globs, as in 'corpus/**/*.txt'")
     for path in found.difference(EMBEDDED):
+        check_unicode(path, f"{path!r}, the name of a file")
         require_file(Path(path))
         if Path(path).stat().st_size == 0:
             raise InputError(f"{path}: is empty; remove it or leave it out of the pattern")
@@ -82,7 +85,10 @@ def check_unicode(text: str, where: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise InputError(f"{where}: half of a surrogate pair at character {error.start}; repair the escape") from error
+        raise InputError(
+            f"{where}: character {error.start} is none of Unicode (half of a surrogate pair, or a byte that is not "
+            "UTF-8); repair it"
+        ) from error
     return text
 
 
@@ -165,7 +171,7 @@ def _paragraphs(path: str) -> Iterator[str]:
         if line.strip():
             paragraph.append(line)
             size += len(line) + 1
-            _require_size(size, where, "a paragraph", "use --documents=line")
+            _require_size(size, where, "a paragraph", "use documents=line")
         elif paragraph:
             yield "\n".join(paragraph)
             paragraph, size = [], 0
@@ -178,7 +184,7 @@ def _whole_file(path: str) -> Iterator[str]:
     for _, line in _numbered_lines(path):
         lines.append(line)
         size += len(line) + 1
-        _require_size(size, path, "one document", "use --documents=paragraph or --documents=line")
+        _require_size(size, path, "one document", "use documents=paragraph or documents=line")
     yield "\n".join(lines)
 
 
@@ -204,6 +210,8 @@ def _numbered_lines(path: str) -> Iterator[tuple[str, str]]:
         ) from error
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise InputError(f"{path}:{number + 1}: broken gzip data ({error}); copy the file again") from error
+    except OSError as error:
+        raise InputError(f"{path}:{number + 1}: cannot be read ({error.strerror})") from error
 
 
 def _json_lines(path: str) -> Iterator[tuple[str, object]]:

@@ -46,7 +46,7 @@ def test_dialogues_of_another_file_are_refused(tmp_path):
         ([USER, {"role": "bot", "content": "a"}], "message 2 has role 'bot'"),
         ([USER, {"role": "assistant"}], r"message 2 \(assistant\) has no text"),
         ([USER, {"role": "assistant", "content": ["a"]}], "message 2"),
-        ([USER, {"role": "assistant", "content": "\ud800"}], "half of a surrogate pair at character 0"),
+        ([USER, {"role": "assistant", "content": "\ud800"}], "character 0 is none of Unicode"),
         ([USER, "hello"], "message 2 has role None"),
         ([], "messages"),
         (None, "messages"),

@@ -164,7 +164,7 @@ def test_a_full_disk_names_the_output(tmp_path):
         ({"kind": "x"}, "kind is 'x'"),
         ({"kind": "chat"}, r'items\[0\]: needs "messages"'),
         ({"items": [["a"]]}, r"items\[0\]: is a list, not text"),
-        ({"items": ["a", "\ud800"]}, r"items\[1\]: half of a surrogate pair"),
+        ({"items": ["a", "\ud800"]}, r"items\[1\]: character 0 is none of Unicode"),
         ({"files": "a"}, "takes either files or items"),
         ({"items": None}, "takes either files or items"),
         ({"row_length": 2**24 + 1}, "row_length is 16777217"),

@@ -53,7 +53,7 @@ def test_blank_documents_are_left_out(tmp_path):
         ("x.jsonl", ['{"text": "a"}', "", '{"txt": "a"}'], "x.jsonl:3: needs .*'txt'"),
         ("x.jsonl", ['{"text": 3}'], "x.jsonl:1: needs"),
         ("x.jsonl", ["[1]"], "x.jsonl:1: needs .* list"),
-        ("x.jsonl", ['{"text": "\\ud800"}'], "x.jsonl:1: half of a surrogate"),
+        ("x.jsonl", ['{"text": "\\ud800"}'], "x.jsonl:1: character 0 is none of Unicode .half of a surrogate"),
         ("x.jsonl", ['{"text": "a"}', b'{"text": "\xff"}'], "x.jsonl:2: not UTF-8"),
         ("x.txt", ["a", "b", b"\xe6\x98"], "x.txt:3: not UTF-8"),
         ("x.txt.gz", ["a"], "x.txt.gz:1: broken gzip"),
@@ -80,7 +80,7 @@ def test_parquet_without_text_names_its_columns(tmp_path):
 def test_one_giant_document_is_refused_with_the_remedy(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "_LARGEST_DOCUMENT", 10)
     path = write(tmp_path / "x.txt", "12345", "67890", "12345")
-    with pytest.raises(InputError, match="--documents=paragraph"):
+    with pytest.raises(InputError, match="documents=paragraph"):
         list(read_documents(path))
     assert len(list(read_documents(path, "line"))) == 3
 

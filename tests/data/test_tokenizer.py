@@ -44,6 +44,33 @@ def test_any_text_comes_back(tmp_path, model_type, vocab_size):
         assert all(0 <= id < tokenizer.vocab_size for id in ids)
 
 
+def test_a_space_comes_back_though_no_text_of_the_training_held_one(tmp_path):
+    tokenizer = train_tokenizer(["春风得意马蹄疾，一日看尽长安花。"] * 20, tmp_path / "t.model", 400)
+    for text in HARD:
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert len(tokenizer.encode("a b")) == 3  # a byte each
+
+
+@pytest.mark.parametrize("kind", ["model", "json"])
+@pytest.mark.parametrize("text", ["a\udcff", "\ud83d", "▁\udfff b"])
+def test_what_is_not_unicode_is_refused_in_one_line(tmp_path, kind, text):
+    tokenizer = load_tokenizer(GOLDEN / "tokenizer") if kind == "json" else train(tmp_path)
+    for encode in (
+        tokenizer.encode,
+        tokenizer.encode_answer,
+        lambda text: tokenizer.encode_chat([{"role": "user", "content": text}]),
+    ):
+        with pytest.raises(InputError, match="character . is none of Unicode") as error:
+            encode(text)
+        assert "\n" not in str(error.value)
+
+
+def test_ids_beyond_the_vocabulary_have_no_text():
+    tokenizer = load_tokenizer(GOLDEN / "tokenizer")
+    ids = tokenizer.encode("abc")
+    assert tokenizer.decode([-1, 2**40, *ids, 2**32, tokenizer.vocab_size]) == "abc"
+
+
 def test_hugging_face_text_comes_back():
     tokenizer = load_tokenizer(GOLDEN / "tokenizer")
     for text in [*TEXTS, *HARD]:
