@@ -17,6 +17,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import BinaryIO
 
 from llada_jax.fields import InputError
 
@@ -180,6 +181,28 @@ def atomic_directory(output: Path) -> Iterator[Path]:
             raise
         finally:
             shutil.rmtree(directory, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def atomic_file(output: Path) -> Iterator[BinaryIO]:
+    """A file beside `output` that takes its place at the end and vanishes on any failure, as do parents made for it.
+
+    Raises InputError if the place cannot be written or is full.
+    """
+    partial = output.with_name(f".{output.name}.{os.getpid()}")
+    with _parents(output):
+        try:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            if output.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            try:
+                with partial.open("wb") as file:
+                    yield file
+                partial.replace(output)
+            finally:
+                partial.unlink(missing_ok=True)
+        except OSError as error:
+            raise InputError(f"{output}: cannot be written ({error.strerror}); choose another place") from error
 
 
 @contextlib.contextmanager

@@ -11,10 +11,13 @@ import sentencepiece
 
 from llada_jax.data.tokenizer import BOS, END_HEADER, EOS, EOT, MASK, ROLES, START_HEADER, Tokenizer, load_tokenizer
 from llada_jax.fields import InputError
+from llada_jax.files import atomic_file
 
 _TRAINING_BYTES = 2**28  # a uniform sample of lines of this size is enough for any vocabulary
 _LINE_CHARACTERS = 4000
-_MODEL_TYPES = ("bpe", "unigram", "char")
+MODEL_TYPES = ("bpe", "unigram", "char")
+LARGEST_VOCAB_SIZE = 2**20
+_FIXED = 8 + len(ROLES) + 256  # special tokens and the line end; roles; bytes
 
 
 def train_tokenizer(
@@ -24,22 +27,39 @@ def train_tokenizer(
 
     Ids 0–6 are unknown, BOS, EOS, mask, the two headers and EOT; every text can be encoded and
     comes back unchanged (bytes stand for unseen characters). Deterministic. The vocabulary is
-    smaller than asked if the text does not hold that many pieces.
+    smaller than asked if the text does not hold that many pieces. Raises InputError for other sizes
+    and types than there are, for texts of which nothing can be learned and a place that cannot be written.
     """
     path = Path(path)
-    if model_type not in _MODEL_TYPES:
-        raise InputError(f"model_type is {model_type!r}, must be one of {', '.join(_MODEL_TYPES)}")
+    if model_type not in MODEL_TYPES:
+        raise InputError(f"model_type is {model_type!r}, must be one of {', '.join(MODEL_TYPES)}")
     if path.suffix != ".model":
         raise InputError(f"{path}: the name of a SentencePiece tokenizer must end in .model")
-    fixed = 8 + len(ROLES) + 256  # special tokens and the line end; roles; bytes
-    if vocab_size <= fixed:
-        raise InputError(f"vocab_size is {vocab_size}, must exceed {fixed}: special tokens and bytes take those")
-    lines = _sample_lines(texts)
-    if not lines:
-        raise InputError(f"{path}: no text to train a tokenizer on; give files that hold text")
-    model = io.BytesIO()
+    if not _FIXED + 1 < vocab_size <= LARGEST_VOCAB_SIZE:
+        raise InputError(
+            f"vocab_size is {vocab_size}, must be from {_FIXED + 2} to {LARGEST_VOCAB_SIZE}: special tokens and bytes "
+            f"take {_FIXED}"
+        )
+    with atomic_file(path) as file:  # found out before the work whether it can be written
+        lines = _sample_lines(texts)
+        if not lines:
+            raise InputError(f"{path}: no text to train a tokenizer on; give files that hold text")
+        model = io.BytesIO()
+        try:
+            _train(_cut_at_rare_characters(lines, vocab_size - _FIXED, model_type), model, vocab_size, model_type)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(
+                f"{path}: SentencePiece learns nothing from these texts ({reason}); give more of them, or another "
+                "vocab_size"
+            ) from error
+        file.write(model.getvalue())
+    return load_tokenizer(path)
+
+
+def _train(lines: list[str], model: io.BytesIO, vocab_size: int, model_type: str) -> None:
     sentencepiece.SentencePieceTrainer.train(  # pyright: ignore[reportAttributeAccessIssue]
-        sentence_iterator=iter(_cut_at_rare_characters(lines, vocab_size - fixed, model_type)),
+        sentence_iterator=iter(lines),
         model_writer=model,
         model_type=model_type,
         vocab_size=vocab_size,
@@ -63,14 +83,6 @@ def train_tokenizer(
         num_threads=16,  # fixed: sums of the unigram model depend on it
         minloglevel=3,
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        partial.write_bytes(model.getvalue())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return load_tokenizer(path)
 
 
 def _sample_lines(texts: Iterable[str]) -> list[str]:
