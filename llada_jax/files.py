@@ -17,7 +17,6 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import BinaryIO
 
 from llada_jax.fields import InputError
 
@@ -183,12 +182,22 @@ def atomic_directory(output: Path) -> Iterator[Path]:
             shutil.rmtree(directory, ignore_errors=True)
 
 
-@contextlib.contextmanager
-def atomic_file(output: Path) -> Iterator[BinaryIO]:
-    """A file beside `output` that takes its place at the end and vanishes on any failure, as do parents made for it.
+def write_file(output: Path, data: bytes) -> None:
+    """Writes a file that appears at once and whole. Raises InputError if the place cannot be written or is full."""
+    with _partial(output) as partial:
+        partial.write_bytes(data)
+        partial.replace(output)
 
-    Raises InputError if the place cannot be written or is full.
-    """
+
+def require_place(output: Path) -> None:
+    """Raises InputError unless a file could be written at `output` now; leaves nothing there."""
+    with _partial(output) as partial:
+        partial.touch()
+
+
+@contextlib.contextmanager
+def _partial(output: Path) -> Iterator[Path]:
+    """A place beside `output`; what is still there in the end vanishes, as do parents made for it."""
     partial = output.with_name(f".{output.name}.{os.getpid()}")
     with _parents(output):
         try:
@@ -196,9 +205,7 @@ def atomic_file(output: Path) -> Iterator[BinaryIO]:
             if output.is_dir():
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
             try:
-                with partial.open("wb") as file:
-                    yield file
-                partial.replace(output)
+                yield partial
             finally:
                 partial.unlink(missing_ok=True)
         except OSError as error:

@@ -6,7 +6,6 @@ A record is the bytes of its fields, little-endian, in the order of the manifest
 
 import bisect
 import contextlib
-import hashlib
 import itertools
 import json
 import math
@@ -24,7 +23,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from llada_jax.data import packing
 from llada_jax.data.kind import LONGEST_ROW, Field, Record
 from llada_jax.fields import InputError
-from llada_jax.files import LARGEST_JSON, inside, read_json, require_file
+from llada_jax.files import LARGEST_JSON, hash_file, inside, read_json, require_file
 
 FORMAT = "llada_jax.rows.v2"
 
@@ -185,7 +184,7 @@ def check_files(directory: Path, manifest: dict[str, Any]) -> None:
             raise InputError(f"{path}: {found}; {_AGAIN}")
     tokenizer = directory / manifest["tokenizer"]["file"]
     require_file(tokenizer, LARGEST_JSON)
-    if _digest(tokenizer) != manifest["tokenizer"]["fingerprint"]:
+    if hash_file(tokenizer) != manifest["tokenizer"]["fingerprint"]:
         raise InputError(f"{tokenizer}: not the tokenizer that this dataset was made with; {_AGAIN}")
 
 
@@ -205,36 +204,42 @@ def read_column(path: Path, dtype: type, rows: int) -> np.ndarray:
 def require_unchanged(workdir: Path, directories: Sequence[Path]) -> None:
     """Raises InputError naming the first file of the datasets that is another than when the run in `workdir` began.
 
-    A run that begins stores what there is. Manifests hold the checksums of the shards, and rows have their own: only
-    small files are read here. For one process alone.
+    Compared is the content, in the order of the datasets: where they lie may change. A run that begins stores the
+    hashes of what there is. Manifests hold those of the shards, and rows have their own: only small files are read
+    here. For one process alone.
     """
-    found = {}
-    for directory in directories:
-        for path in filter(Path.is_file, (directory / name for name in _COMPARED)):
-            name = path.relative_to(workdir) if path.is_relative_to(workdir) else path.absolute()
-            found[str(name)] = _digest(path)
+    found = {
+        str(directory.absolute() / name): hash_file(directory / name)
+        for directory in directories
+        for name in _COMPARED
+        if os.path.exists(directory / name)
+    }
     place = workdir / _BEGUN
     if not place.exists():
         temporary = workdir / f"{_BEGUN}.tmp"
         temporary.write_text(json.dumps(found, indent=1))
         temporary.replace(place)
         return
-    begun = read_json(place)
-    for name in sorted(begun.keys() | found.keys()):
-        if begun.get(name) != found.get(name):
-            what = "is gone" if name not in found else "is new" if name not in begun else "changed"
-            raise InputError(
-                f"{workdir / name}: {what} since the run in {workdir} began; restore it, or choose another --workdir"
-            )
+    for (old_directory, old), (directory, new) in itertools.zip_longest(
+        _by_directory(read_json(place)), _by_directory(found), fillvalue=("", {})
+    ):
+        for name in sorted(old.keys() | new.keys()):
+            if old.get(name) != new.get(name):
+                what = "is gone" if name not in new else "is new" if name not in old else "changed"
+                raise InputError(
+                    f"{workdir / (directory or old_directory) / name}: {what} since the run in {workdir} began; "
+                    "restore it, or choose another --workdir"
+                )
+
+
+def _by_directory(files: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """The files of each directory, in order, by name."""
+    groups = itertools.groupby(files, os.path.dirname)
+    return [(directory, {os.path.basename(path): files[path] for path in group}) for directory, group in groups]
 
 
 def _count(value: object, most: int = 2**62) -> bool:
     return type(value) is int and 0 <= value <= most
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class ShardWriter:
@@ -296,9 +301,8 @@ class ShardWriter:
         reader.close()
         if written != rows:
             raise RuntimeError(f"{path}: {written} of {rows} records arrived on disk")
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        self._shards.append({"file": path.name, "rows": rows, "bytes": path.stat().st_size, "sha256": digest})
+        facts = {"rows": rows, "bytes": path.stat().st_size, "sha256": hash_file(path)}
+        self._shards.append({"file": path.name, **facts})
 
 
 def record_dtype(fields: dict[str, Field]) -> np.dtype:

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import grain
@@ -15,8 +16,10 @@ import numpy as np
 from llada_jax.data import KINDS, packing
 from llada_jax.data.dataset import DamagedRow, RowSource
 from llada_jax.data.kind import Batch, Place, Record
+from llada_jax.data.sources import check_unicode
 from llada_jax.fields import InputError
 
+_LEAST_WEIGHT, _MOST_WEIGHT = 1e-6, 1e6  # of a dataset in a mixture
 _TABLE_ROWS = 2**16  # up to here the order of an epoch is held as a table
 
 OnDamage = Callable[[int, str, str], object]  # called with the position in the order, the cause and what is done
@@ -50,6 +53,24 @@ class Order:
             return source[other], True
 
 
+def parse_mixture(mixture: Sequence[Any]) -> list[tuple[Path, float]]:
+    """(directory, weight) pairs of config.data.mixture. Raises InputError for anything else."""
+    pairs = []
+    for i, entry in enumerate(mixture):
+        is_pair = isinstance(entry, tuple | list) and len(entry) == 2 and isinstance(entry[0], str) and entry[0]
+        if not is_pair or not _is_weight(entry[1]):
+            raise InputError(
+                f"config.data.mixture[{i}] is {str(entry)[:60]!r}, must be (directory, weight), the weight from "
+                f"{_LEAST_WEIGHT:g} to {_MOST_WEIGHT:g}"
+            )
+        pairs.append((Path(check_unicode(entry[0], f"config.data.mixture[{i}]")), float(entry[1])))
+    return pairs
+
+
+def _is_weight(x: Any) -> bool:
+    return isinstance(x, int | float) and not isinstance(x, bool) and _LEAST_WEIGHT <= x <= _MOST_WEIGHT
+
+
 def ordered(
     sources: Sequence[RowSource],
     weights: Sequence[float] | None = None,
@@ -63,8 +84,9 @@ def ordered(
     the file and the record, or with `on_damage` replaced; see `Order`.
     """
     weights = [1.0] * len(sources) if weights is None else list(weights)
-    if not sources or len(weights) != len(sources) or min(weights) <= 0:
-        raise InputError(f"weights are {weights} for {len(sources)} datasets; each needs one above 0")
+    if not sources or len(weights) != len(sources) or not all(map(_is_weight, weights)):
+        wanted = f"each needs one from {_LEAST_WEIGHT:g} to {_MOST_WEIGHT:g}"
+        raise InputError(f"weights are {weights} for {len(sources)} datasets; {wanted}")
     lengths = {source.row_length for source in sources}
     fingerprints = {source.manifest["tokenizer"]["fingerprint"] for source in sources}
     paths = ", ".join(str(source.path) for source in sources)

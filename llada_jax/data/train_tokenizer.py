@@ -11,7 +11,7 @@ import sentencepiece
 
 from llada_jax.data.tokenizer import BOS, END_HEADER, EOS, EOT, MASK, ROLES, START_HEADER, Tokenizer, load_tokenizer
 from llada_jax.fields import InputError
-from llada_jax.files import atomic_file
+from llada_jax.files import require_place, write_file
 
 _TRAINING_BYTES = 2**28  # a uniform sample of lines of this size is enough for any vocabulary
 _LINE_CHARACTERS = 4000
@@ -40,20 +40,19 @@ def train_tokenizer(
             f"vocab_size is {vocab_size}, must be from {_FIXED + 2} to {LARGEST_VOCAB_SIZE}: special tokens and bytes "
             f"take {_FIXED}"
         )
-    with atomic_file(path) as file:  # found out before the work whether it can be written
-        lines = _sample_lines(texts)
-        if not lines:
-            raise InputError(f"{path}: no text to train a tokenizer on; give files that hold text")
-        model = io.BytesIO()
-        try:
-            _train(_cut_at_rare_characters(lines, vocab_size - _FIXED, model_type), model, vocab_size, model_type)
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())[:200]
-            raise InputError(
-                f"{path}: SentencePiece learns nothing from these texts ({reason}); give more of them, or another "
-                "vocab_size"
-            ) from error
-        file.write(model.getvalue())
+    require_place(path)
+    lines = _sample_lines(texts)
+    if not lines:
+        raise InputError(f"{path}: no text to train a tokenizer on; give files that hold text")
+    model = io.BytesIO()
+    try:
+        _train(_cut_at_rare_characters(lines, vocab_size - _FIXED, model_type), model, vocab_size, model_type)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"{path}: SentencePiece learns nothing from these texts ({reason}); give more, or another vocab_size"
+        ) from error
+    write_file(path, model.getvalue())
     return load_tokenizer(path)
 
 

@@ -204,10 +204,10 @@ def open_data(config: RunConfig, workdir: Path):
     """(tokenizer, order of training rows, validation rows or None). Files are prepared into workdir/data."""
     data = config.data
     path = Path(data.path) if data.path else workdir / "data"
+    weighted = [(path, 1.0), *pipeline.parse_mixture(data.mixture)]
     if not data.path:
         processes.on_first_process(lambda: _prepare(config, workdir, path))
         _require_shared(path)
-    weighted = [(path, 1.0), *((Path(other), float(weight)) for other, weight in data.mixture)]
     opened = [dataset.open_dataset(other) for other, _ in weighted]
     pipeline.require_fields(opened, data.kind)
     tokenizer = load_tokenizer(opened[0].tokenizer_path)

@@ -1,12 +1,15 @@
 """A dataset on disk is what its manifest says, also one of an older version; anything else is refused."""
 
+import hashlib
 import json
+import shutil
 import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from llada_jax.data import dataset as dataset_module
 from llada_jax.data.dataset import decode_record, encode_record, open_dataset, record_dtype
 from llada_jax.data.kind import Field
 from llada_jax.data.prepare import prepare_dataset
@@ -108,6 +111,45 @@ def test_missing_or_damaged_files_are_named(dataset, tmp_path):
     refused(dataset, "lengths.npy has 3 rows")
     shards[1].unlink()
     refused(dataset, f"{shards[1].name}: is missing")
+
+
+def test_datasets_may_move_between_starts_of_a_run_but_not_change(dataset, tmp_path):
+    other = shutil.copytree(dataset, tmp_path / "other")
+    (tmp_path / "w").mkdir()
+    dataset_module.require_unchanged(tmp_path / "w", [dataset, other])
+    begun = (tmp_path / "w" / "inputs.json").read_bytes()
+    moved = dataset.rename(tmp_path / "moved")
+    dataset_module.require_unchanged(tmp_path / "w", [moved, other])
+    assert (tmp_path / "w" / "inputs.json").read_bytes() == begun
+
+    def refused(directories, words):
+        with pytest.raises(InputError, match=f"{words} since the run in .*w began"):
+            dataset_module.require_unchanged(tmp_path / "w", directories)
+
+    refused([moved], "other/manifest.json: is gone")
+    refused([moved, other, shutil.copytree(moved, tmp_path / "third")], "third/manifest.json: is new")
+    (other / "manifest.json").write_text((other / "manifest.json").read_text() + " ")
+    refused([moved, other], "other/manifest.json: changed")
+    refused([other, moved], "other/manifest.json: changed")  # another order is another run
+    (moved / "chat_template.jinja").write_text("x")
+    refused([moved, other], "moved/chat_template.jinja: is new")
+
+
+def test_a_run_that_began_in_an_older_version_goes_on(dataset, tmp_path):
+    """Which stored the files of the workdir by names relative to it."""
+    workdir = tmp_path / "w"
+    shutil.copytree(dataset, workdir / "data")
+    hashes = lambda path: {
+        name: hashlib.sha256((path / name).read_bytes()).hexdigest()
+        for name in ("manifest.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+    }
+    begun = {f"data/{name}": sha for name, sha in hashes(workdir / "data").items()}
+    begun |= {f"{dataset}/{name}": sha for name, sha in hashes(dataset).items()}
+    (workdir / "inputs.json").write_text(json.dumps(begun))
+    dataset_module.require_unchanged(workdir, [workdir / "data", dataset])
+    (workdir / "data" / "manifest.json").write_text("{}")
+    with pytest.raises(InputError, match="w/data/manifest.json: changed"):
+        dataset_module.require_unchanged(workdir, [workdir / "data", dataset])
 
 
 LENGTH = {"dtype": "int32", "shape": []}

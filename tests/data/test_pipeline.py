@@ -169,9 +169,25 @@ def test_mistakes_in_the_call_are_named(paths):
         take(ordered([chat]), kind="chat", split_fraction=0.3)
     with pytest.raises(InputError, match="kind is 'sft'"):
         take(ordered([chat]), kind="sft")
-    for weights in ([1.0], [1.0, 0.0]):
+    for weights in ([1.0], [1.0, 0.0], [1.0, float("inf")], [float("nan"), 1.0], [1.0, "1"]):
         with pytest.raises(InputError, match="weights"):
             ordered([text, chat], weights)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [1, "data", (), ("data",), ("data", 1.0, 2), ("", 1.0), (1, 2), (None, 1), ("data", "x"), ("data", None)]
+    + [("data", weight) for weight in (0, -1.0, 1e-9, float("inf"), float("nan"), 10**400, True)]
+    + [("a\udcff", 1.0)],
+)
+def test_a_mixture_that_is_none_is_named(entry):
+    with pytest.raises(InputError, match=r"config.data.mixture\[1\]") as error:
+        pipeline.parse_mixture((("data", 1), entry))
+    assert "\n" not in str(error.value)
+
+
+def test_a_mixture_is_directories_and_weights():
+    assert pipeline.parse_mixture([["a/b", 1], ("c", 0.25)]) == [(Path("a/b"), 1.0), (Path("c"), 0.25)]
 
 
 def test_sources_of_different_length_or_tokenizer_do_not_mix(paths, tmp_path):

@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import os
+from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
@@ -103,6 +105,31 @@ def test_patterns_that_lead_nowhere(tmp_path, monkeypatch, pattern, words):
     (tmp_path / "empty.txt").touch()
     with pytest.raises(InputError, match=words):
         expand_files(pattern)
+
+
+@pytest.mark.parametrize("pattern", [b"*.txt", b"caf\xe9.txt"])
+def test_a_name_that_is_not_utf8_is_refused_in_one_line(tmp_path, monkeypatch, pattern):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "a.txt", "a")
+    write(Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.txt")), "a")
+    with pytest.raises(InputError, match="the name of a file: character 3 is none of Unicode") as error:
+        expand_files(os.fsdecode(pattern))
+    str(error.value).encode()  # can be printed
+
+
+@pytest.mark.parametrize("pattern", ["x" * 300, "d/" * 3000, "a\0b", "a\0*"])
+def test_names_that_no_file_can_have_are_no_files(pattern):
+    with pytest.raises(InputError, match="no such file"):
+        expand_files(pattern)
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".parquet", ".txt.gz"])
+def test_pipes_and_devices_are_not_read(tmp_path, suffix):
+    os.mkfifo(tmp_path / f"pipe{suffix}")
+    (tmp_path / f"zero{suffix}").symlink_to("/dev/zero")
+    for name in ("pipe", "zero", "*"):
+        with pytest.raises(InputError, match="not a file"):
+            expand_files(f"{tmp_path}/{name}{suffix}")
 
 
 def test_couplets_are_read_from_their_table(tmp_path, monkeypatch):
