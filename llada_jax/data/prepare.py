@@ -9,15 +9,18 @@ import json
 import multiprocessing
 import os
 import platform
+import queue
 import signal
 import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import resource_tracker
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import tqdm
@@ -28,17 +31,16 @@ from llada_jax.data.dataset import FORMAT, ShardWriter, read_manifest
 from llada_jax.data.kind import LONGEST_ROW, Encoded, Plan
 from llada_jax.data.tokenizer import Tokenizer
 from llada_jax.fields import InputError
-from llada_jax.files import atomic_directory
+from llada_jax.files import atomic_directory, hash_file
 
 _CHUNK_CHARACTERS = 2**18  # the unit of work of one process: a fraction of a second
+_FEW_CHUNKS = 8  # less than that many are encoded without starting processes
 _SHARD_BYTES = 2**28  # before compression
 _TOKENIZER_FACTS = ("fingerprint", "vocab_size", "bos_id", "eos_id", "pad_id", "mask_id", "eot_id")
 _VALIDATION_SEED = 0x5EED  # fixed: a document stays on its side whatever else changes
 
 Item = tuple[str, Any]  # where it stands ("file:line"), its content
 Encode = Callable[[Any, str, Tokenizer, Plan], Encoded]
-Task = TypeVar("Task")
-Result = TypeVar("Result")
 
 
 def prepare_dataset(
@@ -69,7 +71,7 @@ def prepare_dataset(
     plan = Plan(kind, row_length, packing, documents, overlong, validation_fraction, shard_rows)
     _check(plan)
     stream, described = _open_sources(plan, files, items)
-    output = Path(output)
+    output = Path(sources.check_unicode(os.fspath(output), f"{str(output)!r}, the name of the output"))
     fingerprint = _fingerprint(plan, tokenizer, described)
     manifest = _existing(output, fingerprint, described)
     if manifest is not None:
@@ -77,7 +79,7 @@ def prepare_dataset(
     with atomic_directory(output) as directory, _progress_bar(described, progress) as bar:
         shared = {"preparation": fingerprint, "sources": described}
         encode = functools.partial(_encode_chunk, plan, tokenizer, KINDS[kind].encode)
-        encoded = _map_in_order(encode, _chunks(stream), workers or os.cpu_count() or 1)
+        encoded = _encoded_in_order(encode, _chunks(stream), workers or os.cpu_count() or 1)
         with contextlib.closing(encoded):  # stops the processes, also after a failure
             return _write(directory, plan, tokenizer, encoded, shared, bar)
 
@@ -128,9 +130,7 @@ def _describe_file(path: str) -> dict[str, Any]:
     if path == "python_reference":
         return {"file": path, "version": platform.python_version()}
     place = sources.COUPLETS if path == "couplets" else Path(path)
-    with place.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"file": path, "bytes": place.stat().st_size, "sha256": digest}
+    return {"file": path, "bytes": place.stat().st_size, "sha256": hash_file(place)}
 
 
 def _fingerprint(plan: Plan, tokenizer: Tokenizer, described: list[dict[str, Any]] | None) -> str | None:
@@ -145,10 +145,10 @@ def _fingerprint(plan: Plan, tokenizer: Tokenizer, described: list[dict[str, Any
 
 def _existing(output: Path, fingerprint: str | None, described: list | None) -> dict[str, Any] | None:
     """The manifest of `output` if it is the same preparation, None if there is nothing yet."""
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+    if not os.path.exists(output) or (output.is_dir() and not any(output.iterdir())):
         return None
-    if not (output / "manifest.json").exists():
-        raise InputError(f"{output}: exists and is no prepared dataset; choose another --output")
+    if not os.path.exists(output / "manifest.json"):
+        raise InputError(f"{output}: exists and is no prepared dataset; choose another place")
     manifest = read_manifest(output)
     if fingerprint is None or manifest.get("preparation") != fingerprint:
         if changed := _changed_sources(manifest.get("sources"), described):
@@ -157,7 +157,7 @@ def _existing(output: Path, fingerprint: str | None, described: list | None) -> 
             )
         raise InputError(
             f"{output}: holds another preparation (other sources, tokenizer or settings); "
-            "remove it or choose another --output"
+            "remove it or choose another place"
         )
     return manifest
 
@@ -215,42 +215,85 @@ def _encode_chunk(plan: Plan, tokenizer: Tokenizer, encode: Encode, chunk: list[
     return [encode(content, where, tokenizer, plan) for where, content in chunk]
 
 
-def _map_in_order(function: Callable[[Task], Result], items: Iterator[Task], workers: int) -> Generator[Result]:
-    """Like map, in `workers` processes, with a bounded number of items under way."""
-    head = list(itertools.islice(items, 8))
-    items = itertools.chain(head, items)
-    if workers == 1 or len(head) < 8:  # starting processes would take longer
-        yield from map(function, items)
+def _encoded_in_order(
+    encode: Callable[[list[Item]], list[Encoded]], chunks: Iterator[list[Item]], workers: int
+) -> Generator[list[Encoded]]:
+    """Like map, in `workers` processes, with a bounded number of chunks under way; in this process if they are few.
+
+    Each process serves one thread here. On any end they are killed: one document may take a minute, and who stops a
+    preparation should not wait for it.
+    """
+    head = list(itertools.islice(chunks, _FEW_CHUNKS))
+    if sum(_characters(content) for chunk in head for _, content in chunk) < _FEW_CHUNKS * _CHUNK_CHARACTERS:
+        yield from map(encode, head)  # starting processes would take longer
         return
-    # Spawned, not forked: the caller may hold threads (JAX, Rust) that do not survive a fork.
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_follow_parent)
-    pending = deque()
+    processes, idle, pending, over = [], queue.SimpleQueue(), deque(), threading.Event()
+    pool = ThreadPoolExecutor(workers)
     try:
-        for item in items:
-            pending.append(pool.submit(function, item))
+        pool.submit(_start, workers, encode, processes, idle, over).result()
+        for chunk in itertools.chain(head, chunks):
+            pending.append(pool.submit(_encode_elsewhere, idle, chunk))
             if len(pending) > 3 * workers:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
-    except BrokenProcessPool as error:
-        message = "a tokenising process died, perhaps for lack of memory; use fewer --workers"
-        raise InputError(message) from error
     finally:
+        over.set()
+        for process in processes:
+            process.kill()
         pool.shutdown(cancel_futures=True)
 
 
-def _follow_parent():
-    """In a worker: Ctrl-C is the parent's affair, and a parent killed outright takes us with it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _start(
+    workers: int, encode: Callable, processes: list[BaseProcess], idle: queue.SimpleQueue, over: threading.Event
+) -> None:
+    """Starts the processes; `idle` gets a connection to each. In a thread, where no signal can interrupt the hand-over.
+
+    They inherit blocked signals: Ctrl-C and SIGTERM to the whole group are the parent's affair, from their beginning.
+    """
+    # Spawned, not forked: the caller may hold threads (JAX, Rust) that do not survive a fork.
+    context = multiprocessing.get_context("spawn")
+    resource_tracker.ensure_running()  # which the first start would do, and unblock the signals
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})  # of this thread
+    for _ in range(workers):
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_work, args=(theirs, encode), daemon=True)
+        process.start()
+        processes.append(process)
+        if over.is_set():  # since the others were killed
+            process.kill()
+        theirs.close()  # so that the end of the process is the end of what comes from it
+        idle.put(ours)
+
+
+def _encode_elsewhere(idle: queue.SimpleQueue, chunk: list[Item]) -> list[Encoded]:
+    connection = idle.get()
+    try:
+        connection.send(chunk)
+        answer = connection.recv()
+    except (EOFError, OSError) as error:
+        message = "a tokenising process died, perhaps for lack of memory; use fewer workers"
+        raise InputError(message) from error
+    finally:
+        idle.put(connection)
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
+
+
+def _work(connection: Connection, encode: Callable[[list[Item]], list[Encoded]]) -> None:
+    """What a process does: it encodes the chunks that come, until no more come or its parent is gone."""
     parent = multiprocessing.parent_process()
     assert parent is not None
-
-    def end_with_parent():
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    with contextlib.suppress(EOFError, BrokenPipeError):
+        while True:
+            chunk = connection.recv()
+            try:
+                answer = encode(chunk)
+            except Exception as error:
+                answer = error
+            connection.send(answer)
 
 
 class _Subset:

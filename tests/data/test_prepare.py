@@ -1,5 +1,6 @@
 """A preparation is complete or absent, and the same whatever the number of processes."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -11,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llada_jax.data import prepare
+from llada_jax.data import KINDS, prepare
 from llada_jax.data.dataset import open_dataset
 from llada_jax.data.packing import Packer
 from llada_jax.data.prepare import prepare_dataset
@@ -179,38 +180,103 @@ def test_mistakes_are_named(tmp_path, options, words):
     assert not list(tmp_path.iterdir())
 
 
-def start_tool(tmp_path, count):
-    """The command line on `count` MB of text, in 2 processes."""
-    (tmp_path / "x.jsonl").write_text((json.dumps({"text": "春风 fox " * 90}) + "\n") * 1000 * count)
-    flags = {"files": "x.jsonl", "output": "d", "row_length": 64, "workers": 2}
-    flags["tokenizer"] = TOKENIZER.path
-    command = [sys.executable, ROOT / "tools" / "prepare_data.py"]
+@pytest.mark.parametrize("name", ["x" * 300, "x" * 250, "file/d", "file", "/proc/d", "a\0b", "caf\udce9"])
+def test_a_place_that_cannot_be_written_is_named(tmp_path, name):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError) as error:
+        run(tmp_path / name)
+    assert "\n" not in str(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+# The command on documents without end, so that it cannot be done before it is killed.
+ENDLESS = """
+import itertools
+from llada_jax import cli
+from llada_jax.data import sources
+from llada_jax.tools import prepare_data
+sources.read_documents = lambda *_: itertools.cycle([{document}])
+cli.run(prepare_data.main)
+"""
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+
+def start(tmp_path, document, workers=2):
+    (tmp_path / "x.txt").write_text("x")
+    flags = {"files": "x.txt", "output": "new/d", "row_length": 64, "workers": workers, "tokenizer": TOKENIZER.path}
+    command = [sys.executable, "-c", ENDLESS.format(document=document)]
     command += [f"--{name}={value}" for name, value in flags.items()]
-    return subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, start_new_session=True
+    )
 
 
-@pytest.mark.parametrize("kill", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
-def test_a_killed_command_leaves_no_dataset(tmp_path, kill):
-    process = start_tool(tmp_path, 30)
-    deadline = time.monotonic() + 20
-    while not list(tmp_path.glob(".d.partial-*/*")) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(kill)
+def wait_for(tmp_path, pattern):
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob(pattern)):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def ended(process):
+    """Its exit code, after its workers, which hold its stderr, have ended, too."""
     _, stderr = process.communicate(timeout=20)
-    assert process.returncode != 0 and "Traceback" not in stderr
-    assert not (tmp_path / "d").exists()
+    assert "Traceback" not in stderr and "Error" not in stderr
+    return process.returncode
+
+
+@pytest.mark.parametrize("kill, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
+def test_a_killed_command_leaves_no_dataset(tmp_path, kill, code):
+    process = start(tmp_path, "'春风 fox ' * 9000")
+    wait_for(tmp_path, "new/.d.partial-*/*")  # rows are written
+    process.send_signal(kill)
+    assert ended(process) == code
     if kill == signal.SIGKILL:  # cannot clean up, so the next preparation does
-        assert list(tmp_path.glob(".d.partial-*"))
-        run(tmp_path / "d")
-        assert (tmp_path / "d").exists()
-    assert not list(tmp_path.glob(".d.partial-*"))
+        assert list(tmp_path.glob("new/.d.partial-*"))
+        run(tmp_path / "new" / "d")
+        assert [path.name for path in (tmp_path / "new").iterdir()] == ["d"]
+    else:
+        assert [path.name for path in tmp_path.iterdir()] == ["x.txt"]
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.3, 1.0])
+def test_ctrl_c_while_processes_start_is_silent(tmp_path, seconds):
+    """A terminal sends it to the whole group."""
+    process = start(tmp_path, "'春风 fox ' * 9000")
+    wait_for(tmp_path, "new/.d.partial-*")
+    time.sleep(seconds)
+    os.killpg(process.pid, signal.SIGINT)
+    assert ended(process) == 130
+    assert [path.name for path in tmp_path.iterdir()] == ["x.txt"]
+
+
+def test_a_kill_does_not_wait_for_a_large_document(tmp_path):
+    process = start(tmp_path, "'the quick brown fox ' * 800000", workers=1)
+    wait_for(tmp_path, "new/.d.partial-*")
+    time.sleep(3)  # until the process is at it
+    begun = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    assert ended(process) == 143 and time.monotonic() - begun < 5
+    assert [path.name for path in tmp_path.iterdir()] == ["x.txt"]
+
+
+def test_a_worker_that_dies_is_an_error_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "_CHUNK_CHARACTERS", 10)
+    monkeypatch.setitem(KINDS, "text", dataclasses.replace(KINDS["text"], encode=_die))
+    with pytest.raises(InputError, match="a tokenising process died, .* use fewer workers"):
+        run(tmp_path / "d", workers=2)
+    assert list(tmp_path.iterdir()) == []
+
+
+def _die(*_):
+    os._exit(9)
 
 
 def test_the_command_says_mistakes_in_one_line(tmp_path):
     (tmp_path / "x.jsonl").write_text("{\n")
     command = [sys.executable, ROOT / "tools" / "prepare_data.py", "--files=x.jsonl", "--output=d"]
     command.append(f"--tokenizer={TOKENIZER.path}")
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, env=ENVIRONMENT)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1 and "x.jsonl:1: not JSON" in done.stderr
     assert sorted(os.listdir(tmp_path)) == ["x.jsonl"]
@@ -227,7 +293,7 @@ def test_commands_make_what_training_reads(tmp_path):
         ),
     ]:
         command = [sys.executable, ROOT / "tools" / tool, *flags]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, env=ENVIRONMENT)
         assert done.returncode == 0, done.stderr
     source = open_dataset(tmp_path / "d")
     assert source.manifest["documents"] > 30 and source[0]["tokens"].shape == (16,)
