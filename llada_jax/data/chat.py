@@ -9,8 +9,6 @@ from llada_jax.data.kind import Batch, Encoded, Kind, Place, Plan, Record, stack
 from llada_jax.data.tokenizer import ROLES, Messages, Tokenizer
 from llada_jax.fields import InputError
 
-OVERLONG = ("error", "drop")  # what a reply is that does not fit a row with its prompt
-
 
 def read(path: str, plan: Plan) -> Iterator[tuple[str, object]]:
     """Pairs ("file:line", messages) of a JSONL file of `{"messages": [{"role", "content"}, …]}`."""

@@ -13,6 +13,7 @@ import numpy as np
 from llada_jax.data.tokenizer import Tokenizer
 
 LONGEST_ROW = 2**24  # tokens
+OVERLONG = ("error", "drop")  # what becomes of an example that is longer than a row
 
 Record = Mapping[str, Any]  # an array or a number for each field; "length" is one of them
 Batch = dict[str, np.ndarray]  # named arrays [B, ...]

@@ -26,9 +26,8 @@ import numpy as np
 import tqdm
 
 from llada_jax.data import KINDS, packing, sources
-from llada_jax.data.chat import OVERLONG
 from llada_jax.data.dataset import FORMAT, ShardWriter, read_manifest
-from llada_jax.data.kind import LONGEST_ROW, Encoded, Plan
+from llada_jax.data.kind import LONGEST_ROW, OVERLONG, Encoded, Plan
 from llada_jax.data.tokenizer import Tokenizer
 from llada_jax.fields import InputError
 from llada_jax.files import atomic_directory, hash_file
