@@ -1,4 +1,4 @@
-"""Rows become batches: the rows of a step are a pure function of (seed, step), read by Grain.
+"""Makes batches of rows: which rows a step has is a pure function of (seed, step). Grain reads them.
 
 Shapes: G rows of the global batch, B of them for this process, L positions of a row.
 """
@@ -15,7 +15,7 @@ import numpy as np
 
 from llada_jax.data import KINDS, packing
 from llada_jax.data.dataset import DamagedRow, RowSource
-from llada_jax.data.kind import Batch, Place, Record
+from llada_jax.data.kind import Batch, Field, Place, Record
 from llada_jax.data.sources import check_unicode
 from llada_jax.fields import InputError
 
@@ -173,11 +173,17 @@ def require_fields(sources: Sequence[RowSource], kind: str) -> None:
         raise InputError(f"kind is {kind!r}, must be one of {', '.join(KINDS)}")
     for source in sources:
         wanted = KINDS[kind].fields(source.row_length, source.manifest["tokenizer"]["vocab_size"])
-        if source.fields != wanted:
+        if list(source.fields) != list(wanted) or not all(map(_fits, source.fields.values(), wanted.values())):
             raise InputError(
                 f"{source.path}: its rows, of kind {source.kind!r}, are not what kind {kind!r} reads "
                 f"({', '.join(wanted)}); prepare it with --kind={kind}"
             )
+
+
+def _fits(field: Field, wanted: Field) -> bool:
+    """Whether a field holds what is wanted, and only numbers that are allowed there."""
+    bounded = wanted.below is None or (field.below is not None and field.below <= wanted.below)
+    return field[:2] == wanted[:2] and bounded
 
 
 def _make_batch(

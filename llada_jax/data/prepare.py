@@ -1,4 +1,7 @@
-"""Files of text or dialogues become a directory of rows: shards, lengths, tokenizer, manifest."""
+"""Prepares a dataset: reads files, encodes them in several processes and writes a directory of rows.
+
+The directory appears when it is complete. The rows do not depend on the number of processes.
+"""
 
 import contextlib
 import dataclasses
@@ -359,8 +362,8 @@ def _write(
             manifests[name] = subset.finish(shared | {"subset": name, "subsets": list(places)})
             if not manifests[name]["rows"]:
                 raise InputError(
-                    f"the {name} part of {number} documents has no rows; change "
-                    f"validation_fraction ({plan.validation_fraction}) or make documents smaller "
+                    f"the {name} part of {number} documents has no rows; change validation_fraction "
+                    f"({plan.validation_fraction}) or row_length ({plan.row_length}), or make documents smaller "
                     "(documents=paragraph)"
                 )
     return manifests["train"]

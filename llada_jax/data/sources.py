@@ -1,4 +1,4 @@
-"""Where text comes from: files of documents or dialogues, and two sources within the package."""
+"""Reads text from files (.txt, .jsonl, .parquet, also .gz) and from two sources that come with the package."""
 
 import ast
 import csv
@@ -113,7 +113,7 @@ def python_reference() -> Iterator[str]:
     library = Path(sysconfig.get_paths()["stdlib"])
     topics = library / "pydoc_data" / "topics.py"
     if not topics.exists():
-        raise InputError(f"{topics}: this Python was installed without its documentation; give --files of text")
+        raise InputError(f"{topics}: this Python was installed without its documentation; give files of text")
     for node in ast.walk(ast.parse(topics.read_bytes())):
         if isinstance(node, ast.Dict):
             yield from (ast.literal_eval(value) for value in node.values)

@@ -1,6 +1,8 @@
 """A further kind of data is one file and one line: here a file of pairs, registered by this test alone."""
 
+import importlib.util
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +11,7 @@ import pytest
 from llada_jax.data import KINDS, sources
 from llada_jax.data.dataset import DamagedRow, open_dataset
 from llada_jax.data.kind import Encoded, Field, Kind, stack
-from llada_jax.data.pipeline import batches, ordered
+from llada_jax.data.pipeline import batches, ordered, require_fields
 from llada_jax.data.prepare import prepare_dataset
 from llada_jax.data.tokenizer import load_tokenizer
 from llada_jax.fields import InputError
@@ -119,6 +121,42 @@ def test_its_mistakes_are_named(paths):
         take("text", "files")
     with pytest.raises(InputError, match="split_fraction is no option of kind 'pairs'"):
         take("pairs", "files", split_fraction=0.5)
+
+
+def test_numbers_out_of_the_range_of_the_kind_are_not_read(paths):
+    """Whoever writes a dataset by other means may leave the range of a field out, or take a larger one."""
+    place = paths / "files" / "manifest.json"
+    for below, refused in [(512, False), (100, False), (513, True), (None, True)]:
+        manifest = json.loads(place.read_text())
+        manifest["fields"]["left"]["below"] = below
+        place.write_text(json.dumps(manifest))
+        source = open_dataset(paths / "files")
+        if refused:
+            with pytest.raises(InputError, match="files: its rows, .* are not what kind 'pairs' reads"):
+                require_fields([source], "pairs")
+        else:
+            require_fields([source], "pairs")
+
+
+def test_the_kind_that_the_readme_shows_works(tmp_path, monkeypatch):
+    readme = (Path(sources.__file__).with_name("README.md")).read_text()
+    shown = [code for code in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "preference.py" in code]
+    (tmp_path / "preference.py").write_text(*shown)
+    spec = importlib.util.spec_from_file_location("preference", tmp_path / "preference.py")
+    preference = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(preference)
+    monkeypatch.setitem(KINDS, "preference", preference.KIND)
+    lines = [{"prompt": f"q {i}", "chosen": "yes " * i, "rejected": "no"} for i in range(6)]
+    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    common = {"kind": "preference", "files": str(tmp_path / "x.jsonl"), "tokenizer": TOKENIZER, "progress": False}
+    with pytest.raises(InputError, match="x.jsonl:1: has .* tokens, row_length is 8"):
+        prepare_dataset(tmp_path / "short", row_length=8, **common)
+    prepare_dataset(tmp_path / "d", row_length=64, **common)
+    order = ordered([open_dataset(tmp_path / "d")])
+    for batch in batches(order, batch_size=3, kind="preference", start_step=0, num_steps=2, seed=0, eos_id=2):
+        assert batch["chosen"].shape == batch["rejected"].shape == batch["maskable"].shape == (3, 64)
+        same = batch["chosen"] == batch["rejected"]
+        assert same[~batch["maskable"]].all() and not same.all()  # the prompt
 
 
 def test_its_damage_is_found(paths):
