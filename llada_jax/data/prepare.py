@@ -225,10 +225,11 @@ def _encoded_in_order(
     Each process serves one thread here. On any end they are killed: one document may take a minute, and who stops a
     preparation should not wait for it.
     """
-    head = list(itertools.islice(chunks, _FEW_CHUNKS))
+    head = list(itertools.islice(chunks, max(_FEW_CHUNKS, workers)))
     if sum(_characters(content) for chunk in head for _, content in chunk) < _FEW_CHUNKS * _CHUNK_CHARACTERS:
         yield from map(encode, head)  # starting processes would take longer
         return
+    workers = min(workers, len(head))
     processes, idle, pending, over = [], queue.SimpleQueue(), deque(), threading.Event()
     pool = ThreadPoolExecutor(workers)
     try:
