@@ -76,7 +76,7 @@ def probe(model: Transformer, tokens: np.ndarray) -> np.ndarray:
 
 @jax.jit
 def _layer(block: Block, x_BLD: jax.Array) -> jax.Array:
-    return block(x_BLD, None)
+    return block(x_BLD)[0]
 
 
 def compare(before: np.ndarray, wanted: np.ndarray, found: np.ndarray) -> str:

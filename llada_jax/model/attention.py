@@ -1,20 +1,22 @@
-"""Attention for every mask kind, by the kernel of the platform.
+"""Attention for every mask of masks.py, by the kernel of the platform.
 
-Kinds: full (no segment ids), segments (one id a document), padding (id 0), and each of them causal.
 Kernels: "splash" on TPUs (Pallas, in JAX), "cudnn" on GPUs, "xla" anywhere; only the last makes the L×S scores.
 B batch, L length (queries), S length (keys), N query heads, K key heads, G query heads a key head, H head size.
 """
 
+import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask
 
 from llada_jax.fields import InputError
+from llada_jax.model.masks import FULL, Mask, order, visible
 from llada_jax.parallel.mesh import BATCH, TOKENS, current_mesh, platform, reshard, spec
 
 # The first of each platform is what "auto" takes; the others serve, too, when asked for by name.
@@ -43,36 +45,67 @@ def attention(
     q_BNLH: jax.Array,
     k_BKSH: jax.Array,
     v_BKSH: jax.Array,
-    segment_ids_BL: jax.Array | None,
-    causal: bool,
+    mask: Mask = FULL,
     kernel: str = "auto",
 ) -> jax.Array:
-    """Softmax attention, [B, N, L, H] in the dtype of q.
+    """Softmax attention, [B, N, L, H] in the dtype of q. Scores and softmax are float32.
 
-    Without segment ids every position sees the whole row. With them a query sees the keys of its own segment; segment
-    0 is padding, which nothing else sees. `causal` hides later positions besides. Scores and softmax are float32.
-    Outputs in padding are finite and of no use: "xla" and "cudnn" let such queries see all that is not padding, as in
-    the official code, "splash" lets them see padding. Raises InputError for a kernel that can't serve here.
+    Outputs of padding queries are finite and of no use: "xla" and "cudnn" let them see all that is not padding, as the
+    official code does, "splash" lets them see padding. Raises InputError for a kernel that can't serve here.
     """
     kernel = kernel_for(kernel, platform(), q_BNLH.dtype.name)
     if kernel == "xla":
-        return checkpoint_name(_xla(q_BNLH, k_BKSH, v_BKSH, segment_ids_BL, causal), "attention")
+        return checkpoint_name(_xla(q_BNLH, k_BKSH, v_BKSH, mask), "attention")
     if kernel == "cudnn":
-        return checkpoint_name(_per_device(_cudnn, q_BNLH, k_BKSH, v_BKSH, segment_ids_BL, causal), "attention")
-    one_device = functools.partial(_splash, interpret=kernel == "splash_interpret")
-    return _per_device(one_device, q_BNLH, k_BKSH, v_BKSH, segment_ids_BL, causal)
+        return checkpoint_name(_per_device(_cudnn, q_BNLH, k_BKSH, v_BKSH, mask), "attention")
+    if mask.positions is not None and mask.kind != "full":
+        raise InputError(f"splash attention takes no positions for {mask.kind} masks; use the kernel 'xla'")
+    return _per_device(functools.partial(_splash, interpret=kernel == "splash_interpret"), q_BNLH, k_BKSH, v_BKSH, mask)
 
 
-def _xla(q_BNLH, k_BKSH, v_BKSH, segment_ids_BL, causal: bool) -> jax.Array:
+class Past(NamedTuple):
+    """Keys and values of other positions, computed before; a query of a window sees them besides its window."""
+
+    k_BKSH: jax.Array
+    v_BKSH: jax.Array
+    visible_BS: jax.Array  # bool [B, S]
+
+
+def window_attention(q_BNWH, k_BKWH, v_BKWH, past: Past, mask: Mask = FULL) -> jax.Array:
+    """Attention of W queries over their own keys (`mask`) and past ones, [B, N, W, H]: one softmax over two parts.
+
+    The parts are never concatenated: the past is read where it lies. Plain XLA on every platform, since W is small.
+    """
+    B, N, W, H = q_BNWH.shape
+    K = k_BKWH.shape[1]
+    grouped = spec(BATCH, "tensor", None, None, None)
+    q_BKGWH = jnp.reshape(q_BNWH, (B, K, N // K, W, H), out_sharding=grouped)
+    lowest = jnp.finfo(jnp.float32).min
+    score = lambda k: jnp.einsum("BKGWH,BKSH->BKGWS", q_BKGWH, k, preferred_element_type=jnp.float32) * H**-0.5
+    own_BKGWW, past_BKGWS = score(k_BKWH), score(past.k_BKSH)
+    past_BKGWS = jnp.where(past.visible_BS[:, None, None, None], past_BKGWS, lowest)
+    own_BWW = visible(mask, W, W)
+    if own_BWW is not None:
+        own_BKGWW = jnp.where(own_BWW[:, None, None], own_BKGWW, lowest)
+    top = jnp.maximum(jnp.max(own_BKGWW, axis=-1), jnp.max(past_BKGWS, axis=-1))[..., None]
+    own_BKGWW, past_BKGWS = jnp.exp(own_BKGWW - top), jnp.exp(past_BKGWS - top)
+    total = jnp.sum(own_BKGWW, axis=-1, keepdims=True) + jnp.sum(past_BKGWS, axis=-1, keepdims=True)
+    mix = lambda weights, v: jnp.einsum(
+        "BKGWS,BKSH->BKGWH", (weights / total).astype(v.dtype), v, out_sharding=grouped, preferred_element_type=v.dtype
+    )
+    out = mix(own_BKGWW, v_BKWH) + mix(past_BKGWS, past.v_BKSH)
+    return jnp.reshape(out, (B, N, W, H), out_sharding=spec(BATCH, "tensor", None, None))
+
+
+def _xla(q_BNLH, k_BKSH, v_BKSH, mask: Mask) -> jax.Array:
     """The plain reference; over a mesh the compiler divides it."""
     k_BKSH, v_BKSH = (reshard(x, BATCH, "tensor", None, None) for x in (k_BKSH, v_BKSH))  # context: gather
     B, N, L, H = q_BNLH.shape
-    K = k_BKSH.shape[1]
+    K, S = k_BKSH.shape[1:3]
     grouped = spec(BATCH, "tensor", None, "context", None)
     q_BKGLH = jnp.reshape(q_BNLH, (B, K, N // K, L, H), out_sharding=grouped)
     scores = jnp.einsum("BKGLH,BKSH->BKGLS", q_BKGLH, k_BKSH, preferred_element_type=jnp.float32) * H**-0.5
-    ids_BS = None if segment_ids_BL is None else reshard(segment_ids_BL, BATCH, None)
-    visible_BLS = _visible(segment_ids_BL, ids_BS, jnp.arange(L) if causal else None, L)
+    visible_BLS = visible(_gathered(mask), L, S)
     if visible_BLS is not None:
         scores = jnp.where(visible_BLS[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v_BKSH.dtype)
@@ -80,42 +113,47 @@ def _xla(q_BNLH, k_BKSH, v_BKSH, segment_ids_BL, causal: bool) -> jax.Array:
     return jnp.reshape(out, (B, N, L, H), out_sharding=spec(BATCH, "tensor", "context", None))
 
 
-def _visible(ids_BL, ids_BS, positions_L, keys: int) -> jax.Array | None:
-    """Which key each query sees, [B or 1, L, S]; None: all. Positions are given when causal."""
-    visible = None
-    if ids_BL is not None:
-        query, key = ids_BL[:, :, None], ids_BS[:, None, :]
-        visible = ((query == key) | (query == 0)) & (key > 0)
-    if positions_L is not None:
-        earlier = positions_L[None, :, None] >= jnp.arange(keys)
-        visible = earlier if visible is None else visible & earlier
-    return visible
+def _gathered(mask: Mask) -> Mask:
+    """The mask with what concerns the keys gathered over `context`."""
+
+    def gather(own, keys):
+        x = own if keys is None else keys
+        return None if x is None else reshard(x, BATCH, None)
+
+    return dataclasses.replace(
+        mask,
+        key_segment_ids=gather(mask.segment_ids, mask.key_segment_ids),
+        key_positions=gather(mask.positions, mask.key_positions),
+    )
 
 
-def _per_device(kernel, q_BNLH, k_BKSH, v_BKSH, segment_ids_BL, causal: bool) -> jax.Array:
+def _per_device(kernel, q_BNLH, k_BKSH, v_BKSH, mask: Mask) -> jax.Array:
     """`kernel` on each device's rows, heads and queries. Keys and values of the row are gathered over context.
 
-    kernel: (q, k, v, ids of the queries, ids of the keys, causal, shard, shards) -> [B, N, L, H], where the queries are
-    the `shard`-th of `shards` parts of the row.
+    kernel: (q, k, v, mask, shard, shards) -> [B, N, L, H], where the queries are the `shard`-th of `shards` parts of
+    the row and the mask has the arrays of these queries and of all keys.
     """
     if current_mesh() is None:
-        return kernel(q_BNLH, k_BKSH, v_BKSH, segment_ids_BL, segment_ids_BL, causal, 0, 1)
+        return kernel(q_BNLH, k_BKSH, v_BKSH, _gathered(mask), 0, 1)
 
-    def local(q_BNLH, k_BKSH, v_BKSH, ids_BL):
+    def local(q_BNLH, k_BKSH, v_BKSH, mask):
         gather = functools.partial(jax.lax.all_gather, axis_name="context", tiled=True)
         k_BKSH, v_BKSH = gather(k_BKSH, axis=2), gather(v_BKSH, axis=2)
-        ids_BS = None if ids_BL is None else gather(ids_BL, axis=1)
+        keys = lambda own, keys: gather(own if keys is None else keys, axis=1)
+        if mask.segment_ids is not None:
+            mask = dataclasses.replace(mask, key_segment_ids=keys(mask.segment_ids, mask.key_segment_ids))
+        if mask.positions is not None:
+            mask = dataclasses.replace(mask, key_positions=keys(mask.positions, mask.key_positions))
         shard, shards = jax.lax.axis_index("context"), jax.lax.axis_size("context")
-        return kernel(q_BNLH, k_BKSH, v_BKSH, ids_BL, ids_BS, causal, shard, shards)
+        return kernel(q_BNLH, k_BKSH, v_BKSH, mask, shard, shards)
 
-    if segment_ids_BL is not None:
-        segment_ids_BL = reshard(segment_ids_BL, *TOKENS)
+    mask = jax.tree.map(lambda x: reshard(x, *TOKENS), mask)
     heads = jax.sharding.PartitionSpec(BATCH, "tensor", "context", None)
     over_mesh = jax.shard_map(local, in_specs=(heads, heads, heads, TOKENS), out_specs=heads, check_vma=False)
-    return over_mesh(q_BNLH, k_BKSH, v_BKSH, segment_ids_BL)
+    return over_mesh(q_BNLH, k_BKSH, v_BKSH, mask)
 
 
-def _splash(q_BNLH, k_BKSH, v_BKSH, ids_BL, ids_BS, causal: bool, shard, shards: int, *, interpret: bool) -> jax.Array:
+def _splash(q_BNLH, k_BKSH, v_BKSH, mask: Mask, shard, shards: int, *, interpret: bool) -> jax.Array:
     """Forward and fused backward kernel. Rows that no block divides are padded here, with keys that nothing sees."""
     _, N, L, H = q_BNLH.shape
     S = k_BKSH.shape[2]
@@ -123,25 +161,43 @@ def _splash(q_BNLH, k_BKSH, v_BKSH, ids_BL, ids_BS, causal: bool, shard, shards:
     # compiler options. 2048 x 2048 would take 3% (v5p) to 5% (v6e) fewer instruction bundles, 1024 x 1024 11% more.
     block_q, block_kv = _block(L, 2048 // q_BNLH.dtype.itemsize), _block(S, 4096 // q_BNLH.dtype.itemsize)
     more_L, more_S = -L % block_q, -S % block_kv
+    ids_BL, ids_BS = mask.segment_ids, mask.key_segment_ids
     if ids_BS is None and more_S:
-        ids_BL, ids_BS = jnp.ones((len(q_BNLH), L), jnp.int32), jnp.ones((len(q_BNLH), S), jnp.int32)
+        ids_BS = jnp.ones((len(q_BNLH), S), jnp.int32)
     pad = lambda x_BxLx, more: jnp.pad(x_BxLx, ((0, 0), (0, 0), (0, more), (0, 0)))
     q_BNLH, k_BKSH, v_BKSH = pad(q_BNLH * H**-0.5, more_L), pad(k_BKSH, more_S), pad(v_BKSH, more_S)
     segments = None
     if ids_BS is not None:  # padding queries see what the last one sees, so that their softmax has something to sum
+        ids_BL = jnp.ones((len(q_BNLH), L), jnp.int32) if ids_BL is None else ids_BL
         segments = splash.SegmentIds(
             jnp.pad(ids_BL, ((0, 0), (0, more_L)), mode="edge"), jnp.pad(ids_BS, ((0, 0), (0, more_S)))
         )
-    kernel = _splash_kernel(N, L, L + more_L, S + more_S, block_q, block_kv, causal, shard, shards, interpret)
+    kind = (mask.kind, mask.block, S)
+    kernel = _splash_kernel(N, L, L + more_L, S + more_S, block_q, block_kv, kind, shard, shards, interpret)
     over_rows: Any = jax.vmap(kernel, in_axes=(0, 0, 0, None if segments is None else 0))
     return over_rows(q_BNLH, k_BKSH, v_BKSH, segments)[:, :, :L]
 
 
-def _splash_kernel(heads, length, queries, keys, block_q, block_kv, causal, shard, shards, interpret):
+class _Computed(splash_attention_mask._ComputableMask):
+    """A kind of masks.py, computed in the kernel from the indices of query and key."""
+
+    def __init__(self, shape: tuple[int, int], kind: tuple[str, int, int], shards: int):
+        self._key = (shape, kind, shards)
+        super().__init__(shape, mask_function=order(*kind), shard_count=shards)
+
+    def __eq__(self, other):
+        return isinstance(other, _Computed) and self._key == other._key and (self.q_sequence == other.q_sequence).all()
+
+    def __hash__(self):
+        return hash((*self._key, self.q_sequence.tobytes()))
+
+
+def _splash_kernel(heads, length, queries, keys, block_q, block_kv, kind, shard, shards, interpret):
     """The kernel for `queries` rows of scores by `keys`; of the queries `length` are of the row, the rest padding."""
+    full = kind[0] == "full"
     mask = splash.FullMask((queries, keys))
-    if causal:  # over context one mask of all shards' queries, of which each device takes its own part
-        mask = splash.CausalMask((shards * queries, keys), shard_count=shards)
+    if not full:  # over context one mask of all shards' queries, of which each device takes its own part
+        mask = _Computed((shards * queries, keys), kind, shards)
         mask.q_sequence = (np.arange(shards)[:, None] * length + np.arange(queries)).astype(np.int32).ravel()
     compute = max(c for c in range(128, 513, 128) if block_kv % c == 0)
     blocks = splash.BlockSizes(
@@ -149,10 +205,10 @@ def _splash_kernel(heads, length, queries, keys, block_q, block_kv, causal, shar
         block_q_dkv=block_q, block_kv_dkv=block_kv, block_kv_dkv_compute=compute, use_fused_bwd_kernel=True,
     )  # fmt: skip
     kernel = splash.make_splash_mha(
-        splash.MultiHeadMask([mask] * heads), block_sizes=blocks, head_shards=1, q_seq_shards=shards if causal else 1,
+        splash.MultiHeadMask([mask] * heads), block_sizes=blocks, head_shards=1, q_seq_shards=1 if full else shards,
         residual_checkpoint_name="attention", interpret=interpret,
     )  # fmt: skip
-    if not causal or shards == 1:
+    if full or shards == 1:
         return kernel
 
     def mine(x):  # positions [queries], or tables of blocks [1, queries, keys]
@@ -172,24 +228,23 @@ def _block(length: int, most: int) -> int:
     return -(-length // (128 * count)) * 128
 
 
-def _cudnn(
-    q_BNLH, k_BKSH, v_BKSH, ids_BL, ids_BS, causal: bool, shard, shards: int, *, implementation: Any = "cudnn"
-) -> jax.Array:
-    """cuDNN's flash attention. Segments cost it a bias of [B, 1, L, S]; where each row is all one, it goes without."""
+def _cudnn(q_BNLH, k_BKSH, v_BKSH, mask: Mask, shard, shards: int, *, implementation: Any = "cudnn") -> jax.Array:
+    """cuDNN's flash attention. Masks other than full and causal ones cost it a bias of [B, 1, L, S]; where the segments
+    of each row are all one, it goes without."""
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q_BNLH, k_BKSH, v_BKSH))
     L, S = q.shape[1], k.shape[1]
     run: Any = functools.partial(jax.nn.dot_product_attention, q, k, v, implementation=implementation)
-    positions_L = shard * L + jnp.arange(L) if causal else None
 
-    def masked(ids_BL, ids_BS):
-        visible_BLS: Any = _visible(ids_BL, ids_BS, positions_L, S)
-        return run(mask=visible_BLS[:, None])
+    def run_masked(mask: Mask):
+        visible_BLS = visible(mask, L, S, shard * L)
+        return run() if visible_BLS is None else run(mask=visible_BLS[:, None])
 
-    def unmasked():
-        return masked(None, None) if causal and shards > 1 else run(is_causal=causal)
-
+    one = dataclasses.replace(mask, segment_ids=None, key_segment_ids=None)
+    is_causal = mask.kind == "causal" and mask.positions is None and shards == 1 and L == S
+    unsegmented = functools.partial(run, is_causal=True) if is_causal else functools.partial(run_masked, one)
+    ids_BS = mask.key_segment_ids
     if ids_BS is None:
-        out = unmasked()
+        out = unsegmented()
     else:
-        out = jax.lax.cond(jnp.all(ids_BS == ids_BS[:, :1]), unmasked, lambda: masked(ids_BL, ids_BS))
+        out = jax.lax.cond(jnp.all(ids_BS == ids_BS[:, :1]), unsegmented, lambda: run_masked(mask))
     return jnp.swapaxes(out, 1, 2)

@@ -1,8 +1,10 @@
-"""The Transformer: one block described once, scanned over the layers. It knows nothing of masks, losses or training.
+"""The Transformer: one block described once, scanned over the layers. It knows nothing of noise, losses or training.
 
 B batch, L length, D model width, N query heads, K key heads, H head size, F MLP width, V rows of the vocabulary.
 Weights have the published names and are stored (out, in), as in the published checkpoints.
 """
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +12,14 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
-from llada_jax.model.attention import attention
+from llada_jax.model.attention import Past, attention, window_attention
 from llada_jax.model.config import ModelConfig
+from llada_jax.model.masks import FULL, Mask
 from llada_jax.parallel.mesh import BATCH, HIDDEN, gather_fsdp, platform, reshard, spec
 
-# What the backward pass of a layer finds instead of computing it again, by config.model.remat; of the layers' inputs
-# there is always a copy. Names: "input" of the layer, "qkv" after the rotation, "attention" with its log of sums,
-# "attn_out" and "mlp" (both wide matrices of it).
+# What is saved of a layer for its backward pass besides its input, by config.model.remat; the rest is computed again.
+# Names: "input" of the layer, "qkv" after the rotation, "attention" with its log of sums, "attn_out" and "mlp" (both
+# wide matrices of it).
 _named = jax.checkpoint_policies.save_only_these_names
 _POLICIES = {
     "full": None,
@@ -64,7 +67,13 @@ class Block(nnx.Module):
         self.up_proj = _weight(keys[5], (F, D), ("tensor", "fsdp"), _stds(c, D))
         self.ff_out = _weight(keys[6], (D, F), ("fsdp", "tensor"), _stds(c, F, depth))
 
-    def __call__(self, x_BLD: jax.Array, segment_ids_BL: jax.Array | None) -> jax.Array:
+    def __call__(
+        self, x_BLD: jax.Array, mask: Mask = FULL, positions: jax.Array | None = None, past: Past | None = None
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        """The layer's output, [B, L, D], and its keys (rotated) and values, [B, K, L, H].
+
+        past: keys and values of other positions; the queries see them besides what `mask` says of their own.
+        """
         c, dtype = self.config, self.config.dtype
         heads = spec(BATCH, "tensor", "context", None)
         h_BLD = rms_norm(x_BLD, gather_fsdp(self.attn_norm, x_BLD.dtype), c.rms_norm_eps).astype(dtype)
@@ -72,20 +81,26 @@ class Block(nnx.Module):
             jnp.einsum("BLD,NHD->BNLH", h_BLD, gather_fsdp(w, dtype), out_sharding=heads)
             for w in (self.q_proj, self.k_proj, self.v_proj)
         )
-        q, k, v = (checkpoint_name(x, "qkv") for x in (rope(q, c.rope_theta), rope(k, c.rope_theta), v))
-        a_BNLH = attention(q, k, v, segment_ids_BL, c.causal, c.attention_kernel)
+        rotated = (rope(x, c.rope_theta, positions) for x in (q, k))
+        q, k, v = (checkpoint_name(x, "qkv") for x in (*rotated, v))
+        if past is None:
+            a_BNLH = attention(q, k, v, mask, c.attention_kernel)
+        else:
+            a_BNLH = window_attention(q, k, v, past, mask)
         out = jnp.einsum("BNLH,DNH->BLD", a_BNLH, gather_fsdp(self.attn_out, dtype), out_sharding=_hidden())
         x_BLD += checkpoint_name(out, "attn_out")
+        return x_BLD + self.mlp(x_BLD), (k, v)
+
+    def mlp(self, x_BLD: jax.Array) -> jax.Array:
+        """What the second half of the layer adds to the residual stream, [B, L, D]."""
+        c, dtype, wide = self.config, self.config.dtype, spec(BATCH, "context", "tensor")
         h_BLD = rms_norm(x_BLD, gather_fsdp(self.ff_norm, x_BLD.dtype), c.rms_norm_eps).astype(dtype)
-        wide = spec(BATCH, "context", "tensor")
         gate_BLF, up_BLF = (
             checkpoint_name(jnp.einsum("BLD,FD->BLF", h_BLD, gather_fsdp(w, dtype), out_sharding=wide), "mlp")
             for w in (self.ff_proj, self.up_proj)
         )
-        out = jnp.einsum(
-            "BLF,DF->BLD", jax.nn.silu(gate_BLF) * up_BLF, gather_fsdp(self.ff_out, dtype), out_sharding=_hidden()
-        )
-        return x_BLD + out
+        wide_BLF = jax.nn.silu(gate_BLF) * up_BLF
+        return jnp.einsum("BLF,DF->BLD", wide_BLF, gather_fsdp(self.ff_out, dtype), out_sharding=_hidden())
 
 
 class Transformer(nnx.Module):
@@ -108,11 +123,11 @@ class Transformer(nnx.Module):
         """The vocabulary matrix, [V, D]."""
         return self.wte if self.ff_out is None else self.ff_out
 
-    def hidden(self, tokens_BL: jax.Array, segment_ids_BL: jax.Array | None = None) -> jax.Array:
-        """The normed last hidden states, [B, L, D] in the compute dtype."""
+    def embed(self, tokens_BL: jax.Array) -> jax.Array:
+        """The residual stream before the first layer, [B, L, D]."""
         c = self.config
         # As wide as float32 masters, the residual stream is what PyTorch's autocast computes; in bfloat16 it would be
-        # 1.5 times as far from float32 (tests/test_interop.py, autocast). But residual = "compute" takes 10% fewer
+        # 1.5 times as far from float32 (tests/interop/test_hf.py, autocast). But residual = "compute" takes 10% fewer
         # cycles and 4.6 of 16 GiB less (8B compiled for 16 v5p, 4 rows of 4096 a chip).
         wide = jnp.promote_types(self.wte.dtype, c.dtype)
         # Each device looks up its columns for the rows of all, and the rows change places: moving those is far less
@@ -120,24 +135,45 @@ class Transformer(nnx.Module):
         # of all tokens are MASK.
         looked_up = self.wte[...].astype(wide).at[reshard(tokens_BL, "data", "context")]
         x_BLD = looked_up.get(out_sharding=spec("data", "context", "fsdp"))
-        x_BLD = reshard(x_BLD.astype(wide if c.residual == "parameters" else c.dtype), *HIDDEN)
+        return reshard(x_BLD.astype(wide if c.residual == "parameters" else c.dtype), *HIDDEN)
+
+    def norm(self, x_BLD: jax.Array) -> jax.Array:
+        """The residual stream after the last layer, normed, in the compute dtype."""
+        c = self.config
+        return rms_norm(x_BLD, gather_fsdp(self.ln_f, x_BLD.dtype), c.rms_norm_eps).astype(c.dtype)
+
+    def hidden(
+        self, tokens_BL: jax.Array, mask: Mask | jax.Array | None = None, positions: jax.Array | None = None
+    ) -> jax.Array:
+        """The normed last hidden states, [B, L, D] in the compute dtype.
+
+        mask: which tokens see which, or int32 [B, L], the segment of each token (0 is padding); by default all see all,
+        in a causal model all before them. positions: int32 [L] or [B, L], of the rotary embedding; by default 0..L-1.
+        """
+        c, mask = self.config, own_mask(self.config, mask)
 
         def layer(x_BLD, block):
-            return block(checkpoint_name(x_BLD, "input"), segment_ids_BL), None
+            return block(checkpoint_name(x_BLD, "input"), mask, positions)[0], None
 
         if c.remat != "none":
             layer = jax.checkpoint(layer, prevent_cse=False, policy=_POLICIES[c.remat])
-        x_BLD, _ = jax.lax.scan(layer, x_BLD, self.blocks, unroll=_unroll(c))
-        return rms_norm(x_BLD, gather_fsdp(self.ln_f, x_BLD.dtype), c.rms_norm_eps).astype(c.dtype)
+        x_BLD, _ = jax.lax.scan(layer, self.embed(tokens_BL), self.blocks, unroll=_unroll(c))
+        return self.norm(x_BLD)
 
-    def __call__(self, tokens_BL: jax.Array, segment_ids_BL: jax.Array | None = None) -> jax.Array:
-        """Logits, [B, L, V] in the compute dtype, for int32 token ids [B, L].
-
-        segment_ids: int32 [B, L]; tokens see their own segment only, 0 is padding. None: all see all.
-        """
-        x_BLD = self.hidden(tokens_BL, segment_ids_BL)
+    def __call__(
+        self, tokens_BL: jax.Array, mask: Mask | jax.Array | None = None, positions: jax.Array | None = None
+    ) -> jax.Array:
+        """Logits, [B, L, V] in the compute dtype, for int32 token ids [B, L]; see `hidden`."""
+        x_BLD = self.hidden(tokens_BL, mask, positions)
         logits = spec(BATCH, "context", "tensor")
         return jnp.einsum("BLD,VD->BLV", x_BLD, gather_fsdp(self.head, x_BLD.dtype), out_sharding=logits)
+
+
+def own_mask(c: ModelConfig, mask: Mask | jax.Array | None) -> Mask:
+    """The mask that a model applies: what is given (segment ids stand for a full mask), causal if the model is."""
+    if not isinstance(mask, Mask):
+        mask = FULL if mask is None else Mask(segment_ids=mask)
+    return dataclasses.replace(mask, kind="causal") if c.causal else mask
 
 
 def parameter_count(c: ModelConfig) -> int:
@@ -162,11 +198,14 @@ def rms_norm(x_BLD: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
     return scale_D * normed.astype(x_BLD.dtype)
 
 
-def rope(x_BNLH: jax.Array, theta: float) -> jax.Array:
-    """Rotary position embedding, halves rotated, computed in float32; positions are 0..L-1."""
+def rope(x_BNLH: jax.Array, theta: float, positions: jax.Array | None = None) -> jax.Array:
+    """Rotary position embedding, halves rotated, computed in float32. positions: [L] or [B, L]; 0..L-1 by default."""
     L, H = x_BNLH.shape[-2:]
+    positions = jnp.arange(L) if positions is None else positions
     frequency = 1.0 / theta ** (jnp.arange(0, H, 2, dtype=jnp.float32) / H)
-    angle_Lh = jnp.arange(L, dtype=jnp.float32)[:, None] * frequency
-    cos, sin = jnp.cos(angle_Lh), jnp.sin(angle_Lh)
+    angle_xLh = positions.astype(jnp.float32)[..., None] * frequency
+    if angle_xLh.ndim == 3:
+        angle_xLh = angle_xLh[:, None]
+    cos, sin = jnp.cos(angle_xLh), jnp.sin(angle_xLh)
     a, b = jnp.split(x_BNLH.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BNLH.dtype)

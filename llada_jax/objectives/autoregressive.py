@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from llada_jax.model.config import ModelConfig
-from llada_jax.objectives.diffusion import visible_segments
+from llada_jax.objectives.diffusion import attention_mask
 from llada_jax.objectives.elbo import Batch, NoisyBatch
 from llada_jax.parallel.mesh import BATCH, TOKENS, reshard
 
@@ -18,7 +18,7 @@ def next_token(batch: Batch, key: jax.Array, model: ModelConfig, objective) -> N
     asked_BL = next_maskable_BL & (next_segment_BL == segment_ids_BL) & ~last_BL
     weights_BL = asked_BL / jnp.maximum(jnp.sum(asked_BL), 1)
     ratio_B = jnp.zeros(len(tokens_BL))
-    return NoisyBatch(tokens_BL, next_BL, weights_BL, ratio_B, visible_segments(batch, objective))
+    return NoisyBatch(tokens_BL, next_BL, weights_BL, ratio_B, attention_mask(batch, objective))
 
 
 def _next(x_BL: jax.Array) -> jax.Array:

@@ -27,40 +27,43 @@ def scored_cross_entropy(
     """Σ weight·CE (float32 scalar) and the cross-entropy of each position (float32 [B, L], nats; 0 where weight is 0).
 
     hidden and head share the compute dtype; logits, softmax and sums are float32. Only the first result is
-    differentiable, with respect to hidden and head; the second is for metrics. `chunk`: positions per trip.
+    differentiable, with respect to hidden and head; the second is for metrics. `chunk`: positions per trip. The
+    gradient of a head that is not differentiated is not formed.
     """
-    loss, ce_BL, _, _ = _over_mesh(False, hidden_BLD, head_VD, targets_BL, weights_BL, chunk)
+    loss, ce_BL, _, _ = _over_mesh((), hidden_BLD, head_VD, targets_BL, weights_BL, chunk)
     return loss, ce_BL
 
 
 def _forward(hidden_BLD, head_VD, targets_BL, weights_BL, chunk):
-    loss, ce_BL, d_hidden, d_head = _over_mesh(True, hidden_BLD, head_VD, targets_BL, weights_BL, chunk)
-    return (loss, ce_BL), (d_hidden, d_head.astype(head_VD.dtype))
+    arrays = (hidden_BLD.value, head_VD.value, targets_BL.value, weights_BL.value)
+    wanted = ("hidden", "head") if head_VD.perturbed else ("hidden",)
+    loss, ce_BL, d_hidden, d_head = _over_mesh(wanted, *arrays, chunk)
+    return (loss, ce_BL), (d_hidden, d_head.astype(arrays[1].dtype) if head_VD.perturbed else None)
 
 
 def _backward(chunk, gradients, cotangents):
     g, _ = cotangents
-    d_hidden, d_head = gradients
-    return (g.astype(d_hidden.dtype) * d_hidden, g.astype(d_head.dtype) * d_head, None, None)
+    d_hidden, d_head = (None if d is None else g.astype(d.dtype) * d for d in gradients)
+    return (d_hidden, d_head, None, None)
 
 
-scored_cross_entropy.defvjp(_forward, _backward)
+scored_cross_entropy.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-def _over_mesh(with_gradients, hidden_BLD, head_VD, targets_BL, weights_BL, chunk):
+def _over_mesh(gradients: tuple[str, ...], hidden_BLD, head_VD, targets_BL, weights_BL, chunk):
     mesh = current_mesh()
     # Collectives over an axis of one device move nothing, but a CPU would copy for them.
     axes = () if mesh is None else tuple(axis for axis, size in mesh.shape.items() if size > 1)
-    local = functools.partial(_local, with_gradients=with_gradients, chunk=chunk, axes=axes)
+    local = functools.partial(_local, gradients=gradients, chunk=chunk, axes=axes)
     arrays = (hidden_BLD, head_VD, targets_BL, weights_BL)
     if mesh is None:
         return local(*arrays)
     head = P("tensor", "fsdp")
-    outs = (P(), TOKENS, HIDDEN, head) if with_gradients else (P(), TOKENS, P(), P())
+    outs = (P(), TOKENS, HIDDEN if gradients else P(), head if "head" in gradients else P())
     return jax.shard_map(local, in_specs=(HIDDEN, head, TOKENS, TOKENS), out_specs=outs, check_vma=False)(*arrays)
 
 
-def _local(hidden_BLD, head_VD, targets_BL, weights_BL, *, with_gradients: bool, chunk: int | None, axes):
+def _local(hidden_BLD, head_VD, targets_BL, weights_BL, *, gradients: tuple[str, ...], chunk: int | None, axes):
     """One device's rows against its part of the vocabulary. Sums over the mesh happen here, and nowhere else.
 
     axes: those of the mesh that have more than one device.
@@ -85,12 +88,14 @@ def _local(hidden_BLD, head_VD, targets_BL, weights_BL, *, with_gradients: bool,
         h_CD, t_C, w_C = (jax.lax.dynamic_slice_in_dim(x, i * C, C) for x in (h_ND, t_N, w_N))
         ce_C, logit_gradient = _chunk(h_CD, head_VD, t_C, "tensor" in axes)
         ce_N = jax.lax.dynamic_update_slice_in_dim(ce_N, jnp.where(w_C == 0, 0.0, ce_C), i * C, 0)
-        if with_gradients:
+        if gradients:
 
             def part(j, carry):
                 dh_CD, dw_VD = carry
                 g_CU = logit_gradient(w_C, j * U, U)
                 dh_CD += jax.lax.dot(g_CU, rows_of(head_VD, j), preferred_element_type=jnp.float32)
+                if "head" not in gradients:
+                    return dh_CD, dw_VD
                 dw_UD = jax.lax.dot_general(g_CU, h_CD, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
                 return dh_CD, jax.lax.dynamic_update_slice_in_dim(dw_VD, rows_of(dw_VD, j) + dw_UD, j * U, 0)
 
@@ -101,17 +106,18 @@ def _local(hidden_BLD, head_VD, targets_BL, weights_BL, *, with_gradients: bool,
         return loss + jnp.sum(jnp.where(w_C == 0, 0.0, w_C * ce_C)), ce_N, dh_ND, dw_VD
 
     zero = jnp.zeros((), jnp.float32)
-    start = (zero, jnp.zeros(N), jnp.zeros_like(h_ND), jnp.zeros(head_VD.shape)) if with_gradients else (
-        zero, jnp.zeros(N), zero, zero)  # fmt: skip
+    dh_ND = jnp.zeros_like(h_ND) if gradients else zero
+    dw_VD = jnp.zeros(head_VD.shape) if "head" in gradients else zero
     trips = (jnp.sum(weights_N != 0) + C - 1) // C
-    loss, ce_N, dh_ND, dw_VD = jax.lax.fori_loop(0, trips, trip, start)
+    loss, ce_N, dh_ND, dw_VD = jax.lax.fori_loop(0, trips, trip, (zero, jnp.zeros(N), dh_ND, dw_VD))
 
     def unsorted(x_N):
         return jnp.zeros_like(x_N).at[order_N].set(x_N)[: B * L].reshape(B, L, *x_N.shape[1:])
 
     loss = _psum(loss, axes, (*BATCH, "context"))
-    if with_gradients:
+    if gradients:
         dh_ND = unsorted(dh_ND)
+    if "head" in gradients:
         if "fsdp" in axes:
             dw_VD = jax.lax.psum_scatter(dw_VD, "fsdp", scatter_dimension=1, tiled=True)
         dw_VD = _psum(dw_VD, axes, ("data", "context"))

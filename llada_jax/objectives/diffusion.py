@@ -10,17 +10,16 @@ import numpy as np
 from llada_jax import inputs
 from llada_jax.fields import InputError
 from llada_jax.model.config import ModelConfig
+from llada_jax.model.masks import FULL, Mask
 from llada_jax.objectives import noise
 from llada_jax.objectives.elbo import Batch, NoisyBatch, weighted_loss
-
-ATTENTION = ("full", "padding", "documents")
 
 
 def pretrain(batch: Batch, key: jax.Array, model: ModelConfig, objective) -> NoisyBatch:
     """Σ over masked of CE / p, divided by all tokens that are not padding (Eq. 3 of arXiv 2502.09992)."""
     noisy_BL, masked_BL, ratio_B = _mask(batch, key, model, objective)
     weights_BL = masked_BL / ratio_B[:, None] / jnp.maximum(jnp.sum(batch["maskable"]), 1)
-    return NoisyBatch(noisy_BL, batch["tokens"], weights_BL, ratio_B, visible_segments(batch, objective))
+    return NoisyBatch(noisy_BL, batch["tokens"], weights_BL, ratio_B, attention_mask(batch, objective))
 
 
 def sft(batch: Batch, key: jax.Array, model: ModelConfig, objective) -> NoisyBatch:
@@ -28,14 +27,15 @@ def sft(batch: Batch, key: jax.Array, model: ModelConfig, objective) -> NoisyBat
     noisy_BL, masked_BL, ratio_B = _mask(batch, key, model, objective)
     per_row_B = 1.0 / (ratio_B * jnp.maximum(batch["answer_length"], 1) * len(batch["tokens"]))
     weights_BL = masked_BL * per_row_B[:, None]
-    return NoisyBatch(noisy_BL, batch["tokens"], weights_BL, ratio_B, visible_segments(batch, objective))
+    return NoisyBatch(noisy_BL, batch["tokens"], weights_BL, ratio_B, attention_mask(batch, objective))
 
 
-def visible_segments(batch: Batch, objective) -> jax.Array | None:
-    """Segment ids for the model, by config.objective.attention: none (every token sees the row, padding included),
-    padding hidden, or each document by itself."""
+def attention_mask(batch: Batch, objective) -> Mask:
+    """Which tokens see which, by config.objective.attention: the row with its padding ("full"), the row without it
+    ("padding"), or their own document ("documents")."""
     ids_BL = batch["segment_ids"]
-    return {"full": None, "padding": (ids_BL > 0).astype(jnp.int32), "documents": ids_BL}[objective.attention]
+    segments = {"full": None, "padding": (ids_BL > 0).astype(jnp.int32), "documents": ids_BL}[objective.attention]
+    return Mask(segment_ids=segments)
 
 
 def _mask(batch: Batch, key, model: ModelConfig, objective):
@@ -99,4 +99,4 @@ def _masked_loss(model, tokens_BL, masked_BL, ratio_BL, share) -> jax.Array:
     """Σ over masked of CE / ratio · share."""
     weights_BL = jnp.where(masked_BL, share / ratio_BL, 0.0)
     noisy_BL = jnp.where(masked_BL, model.config.mask_token_id, tokens_BL)
-    return weighted_loss(model, NoisyBatch(noisy_BL, tokens_BL, weights_BL, ratio_BL[:, 0], segment_ids=None))[0]
+    return weighted_loss(model, NoisyBatch(noisy_BL, tokens_BL, weights_BL, ratio_BL[:, 0], FULL))[0]

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from llada_jax.model.masks import Mask
 from llada_jax.objectives.cross_entropy import scored_cross_entropy
 
 BUCKETS = 10  # of mask ratio, for metrics
@@ -27,7 +28,7 @@ class NoisyBatch:
     targets: jax.Array  # int32 [B, L]
     weights: jax.Array  # float32 [B, L]; 0 where nothing is asked
     ratio: jax.Array  # float32 [B]; mask ratio of each row (0 for autoregressive)
-    segment_ids: jax.Array | None  # int32 [B, L], or None where every token sees the whole row
+    mask: Mask  # which tokens see which
     extras: dict[str, jax.Array] = dataclasses.field(default_factory=dict)  # for `combine`; any shapes
 
 
@@ -73,7 +74,7 @@ def row_elbos(model, noisy: NoisyBatch) -> jax.Array:
 
 
 def _cross_entropies(model, noisy: NoisyBatch) -> tuple[jax.Array, jax.Array]:
-    hidden_BLD = model.hidden(noisy.inputs, noisy.segment_ids)
+    hidden_BLD = model.hidden(noisy.inputs, noisy.mask)
     head_VD = model.head[...].astype(hidden_BLD.dtype)
     scored: Any = scored_cross_entropy  # custom_vjp hides its result's type
     return scored(hidden_BLD, head_VD, noisy.targets, noisy.weights)

@@ -27,7 +27,7 @@ def test_hidden_states_enter_every_block_as_in_the_official_code(case):
     x_BLD = model.wte[...][arrays["input_ids"]]
     seen = [x_BLD]
     for layer in range(model.config.n_layers):
-        x_BLD = jax.tree.map(lambda x, i=layer: x[i], model.blocks)(x_BLD, None)
+        x_BLD = jax.tree.map(lambda x, i=layer: x[i], model.blocks)(x_BLD)[0]
         seen.append(x_BLD)
     seen[-1] = rms_norm(x_BLD, model.ln_f[...], model.config.rms_norm_eps)
     assert np.abs(np.stack(seen) - arrays["hidden_states"]).max() <= 3e-4

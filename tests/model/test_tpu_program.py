@@ -14,10 +14,12 @@ from ml_collections import ConfigDict
 
 from llada_jax.config import run_config
 from llada_jax.fields import InputError
+from llada_jax.model.attention import attention
 from llada_jax.model.config import PRESETS
+from llada_jax.model.masks import Mask
 from llada_jax.objectives import OBJECTIVES
 from llada_jax.parallel import chips
-from llada_jax.parallel.mesh import TOKENS, make_mesh
+from llada_jax.parallel.mesh import BATCH, TOKENS, make_mesh
 from llada_jax.training import optimizer
 from llada_jax.training.step import init_state, make_train_step
 
@@ -69,6 +71,25 @@ def test_a_step_for_tpus_runs_splash(topology, attention, segmented):
     assert text.count(f'kernel_name = "splash_mha_fwd{segmented}_residuals"') == 1
     assert text.count(f'kernel_name = "splash_mha_dkv{segmented}_no_residuals"') == 1
     assert text.count("tpu_custom_call") == 2
+
+
+@pytest.mark.parametrize(
+    "sizes", [dict(data=1, fsdp=4, tensor=1, context=1), dict(data=1, fsdp=1, tensor=2, context=2)]
+)
+def test_masks_of_blocks_compile_for_tpus(topology, sizes):
+    """Computed inside of the kernel: no [L, S] array, whatever the length."""
+    mesh = make_mesh(sizes, topology("v5e:2x2"))
+    place = lambda shape, axes, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, axes))
+    heads = P(BATCH, "tensor", "context", None)
+    q, k = (place((4, n, 4096, 128), heads, jnp.bfloat16) for n in (4, 2))
+    ids = place((4, 4096), TOKENS, jnp.int32)
+
+    def loss(q, k, v, ids):
+        return jnp.sum(attention(q, k, v, Mask("noisy_and_clean", ids, block=32)).astype(jnp.float32))
+
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(q, k, k, ids).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 4096 * 4096
 
 
 def test_a_step_compiled_for_v5e_holds_no_scores(topology):

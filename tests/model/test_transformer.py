@@ -5,13 +5,12 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import plain
 import pytest
 
 from llada_jax.fields import InputError
 from llada_jax.model.config import PRESETS, REMAT
 from llada_jax.model.transformer import Transformer, parameter_count, rms_norm, rope
-
-WEIGHTS = "attn_norm ff_norm q_proj k_proj v_proj attn_out ff_proj up_proj ff_out".split()
 
 
 def test_published_parameter_counts():
@@ -30,36 +29,9 @@ def test_forward_against_float64_numpy(tiny, rng, heads, kv_heads, tied):
     tokens = rng.integers(0, 64, (2, 9))
     segments = np.array([[1, 1, 1, 1, 2, 2, 2, 0, 0], [1] * 9])
     logits = np.asarray(model(jnp.asarray(tokens), jnp.asarray(segments)))
-    np.testing.assert_allclose(logits, numpy_forward(model, tokens, segments), rtol=2e-4, atol=2e-5)
-
-
-def numpy_forward(model, tokens, segments):
-    c = model.config
-    get = lambda param: np.asarray(param[...], np.float64)
-    norm = lambda x, w: w * x / np.sqrt((x**2).mean(-1, keepdims=True) + c.rms_norm_eps)
-    x = get(model.wte)[tokens]
-    half = c.head_dim // 2
-    angle = np.arange(tokens.shape[1])[:, None] / c.rope_theta ** (np.arange(half) / half)
-
-    def rotate(q):
-        a, b = q[..., :half], q[..., half:]
-        return np.concatenate([a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)], -1)
-
-    query, key = segments[:, None, :, None], segments[:, None, None, :]
-    visible = ((query == key) | (query == 0)) & (key > 0)
-    for i in range(c.n_layers):
-        w = {name: get(getattr(model.blocks, name))[i] for name in WEIGHTS}
-        h = norm(x, w["attn_norm"])
-        q, k, v = (np.einsum("bld,nhd->bnlh", h, w[name]) for name in ("q_proj", "k_proj", "v_proj"))
-        k, v = (np.repeat(y, c.n_heads // c.n_kv_heads, axis=1) for y in (rotate(k), v))
-        scores = np.where(visible, np.einsum("bnlh,bnsh->bnls", rotate(q), k) / np.sqrt(c.head_dim), -1e30)
-        p = np.exp(scores - scores.max(-1, keepdims=True))
-        a = np.einsum("bnls,bnsh->bnlh", p / p.sum(-1, keepdims=True), v)
-        x = x + np.einsum("bnlh,dnh->bld", a, w["attn_out"])
-        h = norm(x, w["ff_norm"])
-        gate = h @ w["ff_proj"].T
-        x = x + (gate / (1 + np.exp(-gate)) * (h @ w["up_proj"].T)) @ w["ff_out"].T
-    return norm(x, get(model.ln_f)) @ get(model.head).T
+    np.testing.assert_allclose(
+        logits, plain.forward(plain.parameters(model), c, tokens, plain.of_segments(segments)), rtol=2e-4, atol=2e-5
+    )
 
 
 @pytest.mark.parametrize("init", ["mitchell", "normal"])

@@ -32,7 +32,7 @@ def make_batch(rng, rows=6, length=16):
 
 def cross_entropy64(model, noisy):
     """-log softmax at the targets, float64, from the model's own float32 logits; [B, L]."""
-    logits = np.asarray(model(noisy.inputs, noisy.segment_ids), np.float64)
+    logits = np.asarray(model(noisy.inputs, noisy.mask), np.float64)
     logits -= logits.max(-1, keepdims=True)
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     return -np.take_along_axis(log_p, np.asarray(noisy.targets)[..., None], -1)[..., 0]
@@ -109,7 +109,7 @@ def test_documents_do_not_see_each_other_only_in_documents_mode(model, rng):
         hidden = []
         for b in (batch, changed):
             noisy = next_token(b, KEY, model.config, objective(attention))
-            hidden.append(np.asarray(model.hidden(noisy.inputs, noisy.segment_ids))[:, :10])
+            hidden.append(np.asarray(model.hidden(noisy.inputs, noisy.mask))[:, :10])
         assert (np.abs(hidden[0] - hidden[1]).max() > 1e-6) == seen
 
 

@@ -67,9 +67,9 @@ def compile_step(
     mesh = make_mesh(dict(config.mesh), absent_devices(topology))
     train.check(config, mesh.size)
     require_divides(model, mesh, config.data.row_length)
-    optax_optimizer, step_fn, _, notes = train.training_step(config, mesh)
     start = time.perf_counter()
     with jax.set_mesh(mesh), _compilation_cache(cache), tempfile.TemporaryDirectory() as dump:
+        optax_optimizer, step_fn, _, notes = train.training_step(config, mesh)
         state, batch, key = abstract_arguments(config, model, optax_optimizer, mesh)
         sizes = dict(
             parameters=_device_bytes(state.model), optimizer=_device_bytes(state.opt_state), batch=_device_bytes(batch)
