@@ -72,7 +72,7 @@ def _exchange(process: subprocess.Popen, line: bytes) -> bytes:
     return stdout.readline()
 
 
-_RENDERER = _Renderer()  # one process for all tokenizers of this one
+_RENDERER = _Renderer()  # one process renders for all tokenizers
 atexit.register(_RENDERER._close)
 
 
