@@ -46,13 +46,30 @@ def require_files(directory: Path) -> None:
                 raise InputError(f"{path}: not a file; copy it again")
 
 
-def read_text(path: Path) -> str:
-    """The text of a configuration file. Raises InputError if it is no file, too large or not UTF-8."""
-    require_file(path, LARGEST_JSON)
+def read_bytes(path: Path, most_bytes: int) -> bytes:
+    """A file as a whole. Raises InputError if it is no regular file, larger than that or cannot be read."""
+    require_file(path, most_bytes)
     try:
-        return path.read_bytes().decode("utf-8")
+        return path.read_bytes()
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal. Raises InputError if it is no regular file or cannot be read."""
+    require_file(path)
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def read_text(path: Path) -> str:
+    """The text of a configuration file. Raises InputError if it is no file, too large or not UTF-8."""
+    data = read_bytes(path, LARGEST_JSON)
+    try:
+        return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); copy it again") from error
 
@@ -185,6 +202,36 @@ def atomic_directory(output: Path) -> Iterator[Path]:
             shutil.rmtree(directory, ignore_errors=True)
 
 
+def write_file(output: Path, data: bytes) -> None:
+    """Writes a file that appears at once and whole. Raises InputError if the place cannot be written or is full."""
+    with _partial(output) as partial:
+        partial.write_bytes(data)
+        partial.replace(output)
+
+
+def require_place(output: Path) -> None:
+    """Raises InputError unless a file could be written at `output` now; leaves nothing there."""
+    with _partial(output) as partial:
+        partial.touch()
+
+
+@contextlib.contextmanager
+def _partial(output: Path) -> Iterator[Path]:
+    """A place beside `output`; what is still there in the end vanishes, as do parents made for it."""
+    partial = output.with_name(f".{output.name}.{os.getpid()}")
+    with _parents(output):
+        try:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            if output.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            try:
+                yield partial
+            finally:
+                partial.unlink(missing_ok=True)
+        except OSError as error:
+            raise InputError(f"{output}: cannot be written ({error.strerror}); choose another place") from error
+
+
 @contextlib.contextmanager
 def _parents(output: Path) -> Iterator[None]:
     """Takes the parents that were not there at first away again, unless they came to hold something."""
@@ -207,8 +254,9 @@ def _make_sibling(output: Path) -> Path:
                 shutil.rmtree(left, ignore_errors=True)
         directory = output.parent / f"{owner}{os.getpid()}"
         directory.mkdir()
-    except OSError as error:
-        raise InputError(f"{output}: cannot be written ({error.strerror}); choose another place") from error
+    except (OSError, ValueError) as error:  # ValueError: a name with a NUL
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{output}: cannot be written ({reason}); choose another place") from error
     return directory
 
 

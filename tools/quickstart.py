@@ -17,7 +17,8 @@ from ml_collections import config_flags
 from llada_jax import cli, inputs
 from llada_jax.config import RunConfig
 from llada_jax.data import prepare, sources
-from llada_jax.data.tokenizer import load_tokenizer, train_tokenizer
+from llada_jax.data.tokenizer import load_tokenizer
+from llada_jax.data.train_tokenizer import train_tokenizer
 from llada_jax.evaluation import reversal
 from llada_jax.fields import InputError
 from llada_jax.interop.workdir import load_model

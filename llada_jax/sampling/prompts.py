@@ -5,7 +5,7 @@ import re
 import jax
 import numpy as np
 
-from llada_jax.data import sources
+from llada_jax.data import chat
 from llada_jax.fields import InputError
 from llada_jax.parallel.mesh import current_mesh
 from llada_jax.sampling.generate import generate
@@ -29,7 +29,7 @@ def check_turns(messages: object, where: str) -> list[dict[str, str]]:
     """Messages that a reply can follow, role and content of each. Raises InputError that begins with `where`."""
     if not isinstance(messages, list):
         raise InputError(f'{where}: "messages" must be a list of {{"role", "content"}}')
-    return sources.check_messages([*messages, {"role": "assistant", "content": ""}], where)[:-1]
+    return chat.check_messages([*messages, {"role": "assistant", "content": ""}], where)[:-1]
 
 
 def reply_text(tokenizer, ids) -> str:

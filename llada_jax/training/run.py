@@ -16,8 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from llada_jax.config import RunConfig, check_config
-from llada_jax.data import manifest, pipeline, prepare, sources
-from llada_jax.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from llada_jax.data import KINDS, dataset, pipeline, prepare, sources
+from llada_jax.data.tokenizer import Tokenizer, load_tokenizer
+from llada_jax.data.train_tokenizer import train_tokenizer
 from llada_jax.fields import InputError
 from llada_jax.interop import families, hf
 from llada_jax.model.attention import kernel_for
@@ -153,7 +154,7 @@ def _start(config: RunConfig, model: ModelConfig, optax_optimizer, saver, mesh, 
 
 def _claim(workdir: Path, config: RunConfig, tokenizer: Tokenizer, datasets: list[Path], allow_change: bool) -> None:
     checkpoint.claim_workdir(workdir, config, allow_change=allow_change)
-    manifest.require_unchanged(workdir, datasets)
+    dataset.require_unchanged(workdir, datasets)
     tokenizer.save(workdir / "tokenizer")
     if config.train.init_from:
         hf.copy_companions(config.train.init_from, workdir / "tokenizer")
@@ -203,11 +204,12 @@ def open_data(config: RunConfig, workdir: Path):
     """(tokenizer, order of training rows, validation rows or None). Files are prepared into workdir/data."""
     data = config.data
     path = Path(data.path) if data.path else workdir / "data"
+    weighted = [(path, 1.0), *pipeline.parse_mixture(data.mixture)]
     if not data.path:
         processes.on_first_process(lambda: _prepare(config, workdir, path))
         _require_shared(path)
-    weighted = [(path, 1.0), *((Path(other), float(weight)) for other, weight in data.mixture)]
-    opened = [pipeline.open_dataset(other) for other, _ in weighted]
+    opened = [dataset.open_dataset(other) for other, _ in weighted]
+    pipeline.require_fields(opened, data.kind)
     tokenizer = load_tokenizer(opened[0].tokenizer_path)
     for source in opened:
         if source.row_length != data.row_length:
@@ -219,7 +221,7 @@ def open_data(config: RunConfig, workdir: Path):
     weights = [weight for _, weight in weighted]
     order = pipeline.ordered(opened, weights, config.train.seed, _on_damage(config, workdir))
     held_out = path / "validation"
-    validation = pipeline.open_dataset(held_out) if (held_out / "manifest.json").exists() else None
+    validation = dataset.open_dataset(held_out) if (held_out / "manifest.json").exists() else None
     if len(opened[0]) == 0:
         raise InputError(f"{path}: holds no rows; give more text")
     return tokenizer, order, validation
@@ -302,8 +304,8 @@ def check(config: RunConfig, devices: int) -> None:
     t, d, o, m = config.train, config.data, config.objective, config.model
     if o.name not in OBJECTIVES:
         raise InputError(f"config.objective.name {o.name!r} is not one of {', '.join(OBJECTIVES)}")
-    if d.kind not in manifest.KINDS:
-        raise InputError(f"config.data.kind {d.kind!r} is not one of {', '.join(manifest.KINDS)}")
+    if d.kind not in KINDS:
+        raise InputError(f"config.data.kind {d.kind!r} is not one of {', '.join(KINDS)}")
     theirs = hf.load_config(t.init_from, m.dtype) if t.init_from else m
     families.require(theirs.family)
     if d.row_length > theirs.max_sequence_length:
@@ -342,13 +344,12 @@ def _batches(config, order, tokenizer, first, mesh, offset=0) -> Iterator[Batch]
 
     offset: how many batches rollbacks have left out.
     """
-    text, size = config.data.kind == "text", config.train.batch_size
+    size = config.train.batch_size
     rows = pipeline.batches(
         order, batch_size=size, kind=config.data.kind, start_step=first + offset,
         num_steps=config.train.steps + offset, seed=config.train.seed, eos_id=tokenizer.eos_id,
         only=rows_of_process(mesh, size), threads=config.data.threads,
-        random_length_fraction=config.data.random_length_fraction if text else 0.0,
-        split_fraction=config.data.split_fraction if text else 0.0,
+        **{name: config.data[name] for name in KINDS[config.data.kind].options},
     )  # fmt: skip
     placed = (_placed(batch, mesh, size) for batch in rows)
     ahead = collections.deque(itertools.islice(placed, 2))

@@ -19,7 +19,7 @@ MASK = 3
 
 @pytest.fixture(scope="module")
 def model():
-    from conftest import TINY
+    from tiny import TINY
 
     model = Transformer(TINY, jax.random.key(2))
     model.ff_out[...] = model.ff_out[...] * 8.0  # clear preferences
