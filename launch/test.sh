@@ -3,7 +3,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/environment.sh
-prepare_environment "$PWD/.venv-test" test
+prepare_environment "$PWD/.venv-llada-test" test
 export JAX_PLATFORMS=cpu
 "$PYTHON" -m ruff format --check .
 "$PYTHON" -m ruff check .

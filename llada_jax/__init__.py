@@ -6,12 +6,14 @@ _HOMES = {
     "ModelConfig": "model.config",
     "Transformer": "model.transformer",
     "generate": "sampling.generate",
+    "infill": "sampling.generate",
     "load": "interop.hf",
     "log_likelihood": "evaluation.likelihood",
     "log_likelihood_from_masks": "evaluation.likelihood",
     "pretrain_loss": "objectives.diffusion",
     "save_hf": "interop.hf",
     "sft_loss": "objectives.diffusion",
+    "stream": "sampling.generate",
 }
 __all__ = list(_HOMES)
 

@@ -80,16 +80,29 @@ def field_of(cls: type, name: str) -> Field:
 def check_fields(cls: type, values: Mapping[str, Any], where: str) -> None:
     """Raises InputError unless `values` holds fields of `cls` only, and in each what is allowed there."""
     known = {f.name: f.metadata["field"] for f in dataclasses.fields(cls)}
+    where = f"{where}." if where else ""
     for name in values:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(known)}"
-            raise InputError(f"{where}.{name}: no such field{hint}")
+            raise InputError(f"{where}{name}: no such field{hint}")
     for name, what in known.items():
         if name in values and not what.is_allowed(values[name]):
-            raise InputError(f"{where}.{name} is {_shown(values[name])}; it must be {what.allowed}")
+            raise InputError(f"{where}{name} is {_shown(values[name])}; it must be {what.allowed}")
 
 
 def _shown(value: Any) -> str:
     shown = repr(value)
     return shown if len(shown) <= 60 else f"{shown[:57]}..."
+
+
+def optional(field: Any) -> Any:
+    """The same dataclass field, but None is allowed, and the default."""
+    what = field.metadata["field"]
+    allowed = Field(lambda x: x is None or what.is_allowed(x), f"{what.allowed}, or None", what.help)
+    return _field(None, allowed)
+
+
+def of_numpy(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values with NumPy's scalars as the numbers and truth values of Python that they are."""
+    return {name: value.item() if type(value).__module__ == "numpy" else value for name, value in values.items()}

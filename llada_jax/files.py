@@ -1,19 +1,30 @@
-"""Files: those of others read within bounds, checksums of a checkpoint, atomic writes.
+"""Files: those of others read within bounds, checksums of a checkpoint, files and directories that appear at once.
 
 Nothing here runs what it reads.
 """
 
+import contextlib
+import errno
+import glob
 import hashlib
+import itertools
 import json
 import os
 import re
+import shutil
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from llada_jax.fields import InputError
 
 LARGEST_JSON = 2**26  # bytes; parsing takes some twenty times as much memory at worst
+_DEEPEST_JSON = 100  # levels; Python reads about a thousand, and may then not be able to write them
 _LONGEST_NAME = 255  # bytes, on every file system
 
 
@@ -37,13 +48,30 @@ def require_files(directory: Path) -> None:
                 raise InputError(f"{path}: not a file; copy it again")
 
 
-def read_text(path: Path) -> str:
-    """The text of a configuration file. Raises InputError if it is no file, too large or not UTF-8."""
-    require_file(path, LARGEST_JSON)
+def read_bytes(path: Path, most_bytes: int) -> bytes:
+    """A file as a whole. Raises InputError if it is no regular file, larger than that or cannot be read."""
+    require_file(path, most_bytes)
     try:
-        return path.read_bytes().decode("utf-8")
+        return path.read_bytes()
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal. Raises InputError if it is no regular file or cannot be read."""
+    require_file(path)
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def read_text(path: Path) -> str:
+    """The text of a configuration file. Raises InputError if it is no file, too large or not UTF-8."""
+    data = read_bytes(path, LARGEST_JSON)
+    try:
+        return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); copy it again") from error
 
@@ -61,6 +89,12 @@ def parse_json(text: str, where: str) -> dict:
         raise InputError(f"{where}: not valid JSON ({str(error)[:200]}); copy it again") from error
     if not isinstance(value, dict):
         raise InputError(f"{where}: not a JSON object; copy it again")
+    level = [value]
+    for _ in range(_DEEPEST_JSON):
+        inner = (x.values() if isinstance(x, dict) else x for x in level if isinstance(x, dict | list))
+        level = list(itertools.chain.from_iterable(inner))
+    if level:
+        raise InputError(f"{where}: nested over {_DEEPEST_JSON} levels deep; copy it again")
     return value
 
 
@@ -99,17 +133,19 @@ def write_checksums(directory: Path, process: int = 0) -> None:
     write_atomic(place, json.dumps(dict(zip(names, facts, strict=True)), indent=0))
 
 
-def damage(directory: Path, share: int = 0, shares: int = 1) -> str:
+def damage(directory: Path, share: int = 0, shares: int = 1, *, only: Callable[[str], bool] = lambda name: True) -> str:
     """The first file that is not as its checksum says, and how; "" if none is, or if there are no checksums.
 
-    Looks at every shares-th file, from number `share` on: processes divide the reading among themselves.
+    Looks at every shares-th file, from number `share` on: processes divide the reading among themselves. only: which
+    files, by their names relative to the directory.
     """
     try:
         expected = checksums(directory)
     except InputError as error:
         return str(error)
     with ThreadPoolExecutor(_THREADS) as pool:
-        found = pool.map(lambda item: _difference(directory, *item), sorted(expected.items())[share::shares])
+        files = sorted(item for item in expected.items() if only(item[0]))[share::shares]
+        found = pool.map(lambda item: _difference(directory, *item), files)
         return next(filter(None, found), "")
 
 
@@ -125,8 +161,7 @@ def checksums(directory: Path) -> dict[str, list]:
         except InputError:
             raise InputError(f"{place.name} cannot be read") from None
     for name, facts in expected.items():
-        parts = PurePosixPath(name).parts
-        if not parts or parts[0] == "/" or ".." in parts or "\0" in name:
+        if not _leads_inside(directory, name):
             raise InputError(f"checksums name {name[:80]!r}, which is not in the directory")
         if not isinstance(facts, list) or [type(fact) for fact in facts] != [int, str]:
             raise InputError(f"checksums of {name[:80]!r} are not a size and a SHA-256")
@@ -143,6 +178,13 @@ def _writer(name: str) -> int:
     """The process that wrote a file of a checkpoint."""
     found = re.search(r"process_(\d+)", name)
     return int(found[1]) if found else 0
+
+
+def _leads_inside(directory: Path, name: str) -> bool:
+    try:
+        return (directory / name).resolve().is_relative_to(directory.resolve())
+    except (OSError, ValueError, RuntimeError):  # too long; NUL or a lone surrogate; a loop of links
+        return False
 
 
 def _facts(path: Path) -> list:
@@ -174,3 +216,109 @@ def write_atomic(path: Path, data: str | bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+@contextlib.contextmanager
+def atomic_directory(output: Path) -> Iterator[Path]:
+    """A temporary sibling of `output` that takes its place at the end and vanishes on any failure.
+
+    So do parents that were made for it. Raises InputError if the place cannot be written or is full.
+    """
+    with _sigterm_raises(), _parents(output):
+        directory = _make_sibling(output)
+        try:
+            yield directory
+            directory.rename(output)
+        except InputError:
+            raise
+        except Exception as error:  # ArrayRecord raises RuntimeError, TensorStore ValueError
+            number, full = getattr(error, "errno", None), os.strerror(errno.ENOSPC)
+            if number in (errno.ENOSPC, errno.EDQUOT) or full in str(error):
+                raise InputError(f"{output}: {full.lower()}; free some or choose another place") from error
+            if number in (errno.ENOTEMPTY, errno.EEXIST) and getattr(error, "filename2", None) is not None:
+                raise InputError(f"{output}: was made by something else in the meantime; nothing is kept") from error
+            raise
+        finally:
+            shutil.rmtree(directory, ignore_errors=True)
+
+
+def write_file(output: Path, data: bytes) -> None:
+    """Writes a file that appears at once and whole. Raises InputError if the place cannot be written or is full."""
+    with _partial(output) as partial:
+        partial.write_bytes(data)
+        partial.replace(output)
+
+
+def require_place(output: Path) -> None:
+    """Raises InputError unless a file could be written at `output` now; leaves nothing there."""
+    with _partial(output) as partial:
+        partial.touch()
+
+
+@contextlib.contextmanager
+def _partial(output: Path) -> Iterator[Path]:
+    """A place beside `output`; what is still there in the end vanishes, as do parents made for it."""
+    partial = output.with_name(f".{output.name}.{os.getpid()}")
+    with _parents(output):
+        try:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            if output.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            try:
+                yield partial
+            finally:
+                partial.unlink(missing_ok=True)
+        except OSError as error:
+            raise InputError(f"{output}: cannot be written ({error.strerror}); choose another place") from error
+
+
+@contextlib.contextmanager
+def _parents(output: Path) -> Iterator[None]:
+    """Takes the parents that were not there at first away again, unless they came to hold something."""
+    absent = [parent for parent in output.parents if not os.path.lexists(parent)]
+    try:
+        yield
+    finally:
+        for parent in absent:
+            with contextlib.suppress(OSError):
+                parent.rmdir()
+
+
+def _make_sibling(output: Path) -> Path:
+    """A directory beside `output`, named for this process; what killed processes left there is removed."""
+    owner = f".{output.name}.partial-{socket.gethostname()}-"
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        for left in output.parent.glob(f"{glob.escape(owner)}*"):
+            if not _is_alive(left.name.removeprefix(owner)):
+                shutil.rmtree(left, ignore_errors=True)
+        directory = output.parent / f"{owner}{os.getpid()}"
+        directory.mkdir()
+    except (OSError, ValueError) as error:  # ValueError: a name with a NUL
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{output}: cannot be written ({reason}); choose another place") from error
+    return directory
+
+
+def _is_alive(pid: str) -> bool:
+    try:
+        os.kill(int(pid), 0)
+    except (ProcessLookupError, ValueError):
+        return False
+    except PermissionError:  # someone else's, so it lives
+        return True
+    return True
+
+
+@contextlib.contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """Lets a polite kill unwind the stack as Ctrl-C does, unless someone handles it already."""
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -97,3 +97,13 @@ def _array(name: str, x) -> np.ndarray:
         return np.asarray(x)
     except (TypeError, ValueError) as error:  # rows of different lengths, for one
         raise InputError(f"{name} is no array ({' '.join(str(error).split())[:100]})") from None
+
+
+def left_pad(rows: list[list[int]], pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of different lengths as int32 [B, P], and which of it is real, int32 [B, P]."""
+    width = max(map(len, rows))
+    tokens = np.full((len(rows), width), pad_id, np.int32)
+    real = np.zeros((len(rows), width), np.int32)
+    for i, row in enumerate(rows):
+        tokens[i, width - len(row) :], real[i, width - len(row) :] = row, 1
+    return tokens, real

@@ -1,16 +1,25 @@
-"""Samples from a checkpoint: completion, infilling of [MASK] spans, replies of fine-tuned models.
+"""Samples from a checkpoint: completion, infilling of [MASK] spans, replies of fine-tuned models; one or many.
 
 python -m llada_jax.sample --checkpoint=DIR --prompt='床前明月光，' --gen_length=8
 python -m llada_jax.sample --checkpoint=DIR --prompt='[MASK*5]，疑是地上霜。' --trajectory
+python -m llada_jax.sample --checkpoint=DIR --input=prompts.jsonl --output=answers.jsonl --cache=dual --threshold=0.9
+
+A line of --input is a text, {"prompt": text}, {"messages": [...]} or {"text": text with [MASK*N]}; "-" is standard
+input. Every finished answer is on the disk at once; the same command continues where it was stopped.
 """
 
 import contextlib
+import json
+import os
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 from absl import flags
+from tqdm import tqdm
 
 from llada_jax import cli
 from llada_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -18,87 +27,122 @@ from llada_jax.fields import InputError
 from llada_jax.interop import hf
 from llada_jax.interop.workdir import load_config
 from llada_jax.parallel import join, processes
-from llada_jax.parallel.mesh import make_mesh
-from llada_jax.sampling import prompts
-from llada_jax.sampling.generate import generate, infill
+from llada_jax.parallel.mesh import inference_mesh
+from llada_jax.sampling import batches, options
 from llada_jax.streams import stream
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "The workdir of a training run, or a published checkpoint.")
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "The prompt; may be given several times. [MASK] or [MASK*N]: masks.")
+_INPUT = flags.DEFINE_string("input", None, "Instead: a file of prompts, a JSON value a line; - is standard input.")
+_OUTPUT = flags.DEFINE_string("output", None, "With --input: the file of answers; default: standard output.")
 _GEN_LENGTH = flags.DEFINE_integer("gen_length", None, "Tokens to append; default 32, or none if the prompt has masks.")
-_STEPS = flags.DEFINE_integer("steps", None, "Forward passes in all; default: one for each token.")
-_BLOCK_LENGTH = flags.DEFINE_integer("block_length", None, "Semi-autoregressive blocks; default: one block.")
-_TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 is greedy.")
-_CFG_SCALE = flags.DEFINE_float("cfg_scale", 0.0, "Classifier-free guidance.")
-_REMASKING = flags.DEFINE_enum("remasking", "low_confidence", ["low_confidence", "random"], "What stays masked.")
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Rows that are sampled at once.", lower_bound=1, upper_bound=2**16)
 _CHAT = flags.DEFINE_enum("chat", "auto", ["auto", "yes", "no"], "Apply the chat template; auto: if fine-tuned.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of the sampling noise.", lower_bound=0, upper_bound=2**32 - 1)
-_TRAJECTORY = flags.DEFINE_bool("trajectory", False, "Show the text after every step.")
+_TENSOR = flags.DEFINE_integer("tensor", 0, "Devices that a copy of the model is split over; 0: as few as hold it.")
+_TRAJECTORY = flags.DEFINE_bool("trajectory", False, "Show the text after every pass.")
+options.define_flags()
 
 
 def main(_argv: list[str]) -> None:
     with processes.all_or_none():
-        workdir, objective, tokenizer = _open()
+        workdir, tokenizer, is_chat = _open()
+        options.Options(**options.of_flags())
+        todo, rest = _requests(tokenizer, is_chat)
+    given = options.of_flags() | {"key": stream(_SEED.value, "sample")}
+    gen_length = 32 if _GEN_LENGTH.value is None else _GEN_LENGTH.value
     with contextlib.ExitStack() as stack:
-        mesh = None
-        if jax.process_count() > 1:  # the model is split over the devices of all
-            mesh = make_mesh(dict(data=1, fsdp=-1, tensor=1, context=1))
+        mesh = inference_mesh(hf.load_config(workdir), _TENSOR.value)
+        if mesh is not None:
             stack.enter_context(jax.set_mesh(mesh))
         model = hf.load(workdir, mesh=mesh)
-        is_chat = objective == "sft" if _CHAT.value == "auto" else _CHAT.value == "yes"
-        for prompt in _PROMPT.value:
-            ids = (
-                tokenizer.encode_chat([{"role": "user", "content": prompt}])
-                if is_chat
-                else prompts.encode_prompt(tokenizer, prompt)
-            )
-            row, trajectory = _sample(model, tokenizer, ids)
-            if processes.is_first():
-                _print(tokenizer, ids, is_chat, row, trajectory)
+        show = stack.enter_context(_printer(tokenizer, len(todo) + rest, rest, todo))
+        requests = [request for _, request in todo]
+        batches.answer_all(
+            model, tokenizer, requests, given, gen_length=gen_length, batch_size=_BATCH_SIZE.value, on_answer=show
+        )
 
 
-def _open() -> tuple[Path, str | None, Tokenizer]:
+def _open() -> tuple[Path, Tokenizer, bool]:
+    """(directory of the model, its tokenizer, whether prompts are messages)."""
     if not _CHECKPOINT.value:
-        raise InputError("--checkpoint is needed: the --workdir of a training run")
-    if not _PROMPT.value or not all(_PROMPT.value):
-        raise InputError("--prompt is needed and must not be empty")
+        raise InputError("--checkpoint is needed: the --workdir of a training run, or a published checkpoint")
+    if bool(_PROMPT.value) == bool(_INPUT.value) or not all(_PROMPT.value):
+        raise InputError("give --prompt, which must not be empty, or --input")
+    if _OUTPUT.value and not _INPUT.value:
+        raise InputError("--output goes with --input")
+    if _GEN_LENGTH.value is not None and _GEN_LENGTH.value < 0:
+        raise InputError(f"--gen_length={_GEN_LENGTH.value} is negative")
     workdir = Path(_CHECKPOINT.value)
     config = load_config(workdir)
     objective = config.get("objective", {}).get("name")  # a published model tells of none, also when converted
     if objective == "autoregressive":
         raise InputError(f"{workdir}: holds an autoregressive control; the diffusion sampler can't use it")
-    return workdir, objective, load_tokenizer(hf.tokenizer_directory(workdir))
+    tokenizer = load_tokenizer(hf.tokenizer_directory(workdir))
+    return workdir, tokenizer, objective == "sft" if _CHAT.value == "auto" else _CHAT.value == "yes"
 
 
-def _sample(model, tokenizer: Tokenizer, ids: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """The sampled row [S], and the row after every step [steps, S]. Infilling alone takes the prompt as a whole."""
-    key = stream(_SEED.value, "sample")
-    has_masks = tokenizer.mask_id in ids
-    gen_length = _GEN_LENGTH.value if _GEN_LENGTH.value is not None else (0 if has_masks else 32)
-    if gen_length == 0:
-        if _CFG_SCALE.value or _REMASKING.value != "low_confidence" or _BLOCK_LENGTH.value is not None:
-            raise InputError("infilling alone takes no --cfg_scale, --remasking or --block_length; give --gen_length")
-        steps = ids.count(tokenizer.mask_id) if _STEPS.value is None else _STEPS.value
-        sampled = infill(
-            model, np.asarray([[*ids, tokenizer.eos_id]]), steps=steps, temperature=_TEMPERATURE.value, key=key
+def _requests(tokenizer: Tokenizer, is_chat: bool) -> tuple[list[tuple[Any, batches.Request]], int]:
+    """(value and request of each prompt that is not answered yet, how many are)."""
+    if not _INPUT.value:
+        values: list[tuple[Any, batches.Request]] = [
+            (prompt, batches.make_request(tokenizer, i, prompt, f"--prompt={prompt!r}", is_chat, _GEN_LENGTH.value))
+            for i, prompt in enumerate(_PROMPT.value)
+        ]
+        return values, 0
+    values = list(batches.read_requests(_INPUT.value, tokenizer, is_chat, _GEN_LENGTH.value))
+    done = batches.answered(Path(_OUTPUT.value)) if _OUTPUT.value else set()
+    return [(value, request) for value, request in values if request.number not in done], len(done)
+
+
+@contextlib.contextmanager
+def _printer(tokenizer: Tokenizer, total: int, done: int, todo):
+    """What takes the answers: prints them, or writes them as lines of JSON with a progress bar."""
+    first, values = processes.is_first(), {request.number: value for value, request in todo}
+    if not _INPUT.value:
+        yield lambda answer: _print(tokenizer, answer) if first else None
+        return
+    began, tokens = time.monotonic(), 0
+    with contextlib.ExitStack() as stack:
+        file = (
+            stack.enter_context(open(_OUTPUT.value, "a", encoding="utf-8")) if _OUTPUT.value and first else sys.stdout
         )
-        return np.asarray(sampled.tokens)[0], sampled.trajectory(steps, tokenizer.mask_id)[:, 0]
-    steps = gen_length + ids.count(tokenizer.mask_id) if _STEPS.value is None else _STEPS.value
-    block_length = gen_length if _BLOCK_LENGTH.value is None else _BLOCK_LENGTH.value
-    tokens, trajectory = generate(
-        model, np.asarray([ids]), gen_length=gen_length, steps=steps, block_length=block_length,
-        temperature=_TEMPERATURE.value, cfg_scale=_CFG_SCALE.value, remasking=_REMASKING.value, key=key,
-        return_trajectory=True,
-    )  # fmt: skip
-    return np.asarray(tokens)[0], trajectory[:, 0]
+        bar = stack.enter_context(tqdm(total=total, initial=done, unit="answer", disable=not first))
+
+        def write(answer: batches.Answer) -> None:
+            nonlocal tokens
+            tokens += len(_written(tokenizer, answer))
+            if first:
+                line = {"index": answer.request.number, "request": values[answer.request.number], "answer": answer.text}
+                file.write(json.dumps(line | _facts(tokenizer, answer), ensure_ascii=False) + "\n")
+                file.flush()
+                if _OUTPUT.value:
+                    os.fsync(file.fileno())
+            bar.update(1)
+            bar.set_postfix_str(f"{tokens / (time.monotonic() - began):.1f} tokens/s")
+
+        yield write
 
 
-def _print(tokenizer: Tokenizer, ids: list[int], is_chat: bool, row: np.ndarray, trajectory: np.ndarray) -> None:
-    start = len(ids) if is_chat else 1
+def _written(tokenizer: Tokenizer, answer: batches.Answer) -> np.ndarray:
+    """The generated tokens of an answer that are no end of text."""
+    row = np.asarray(answer.stats.tokens)[answer.row]
+    return row[(np.asarray(answer.stats.step)[answer.row] >= 0) & (row != tokenizer.eos_id)]
+
+
+def _facts(tokenizer: Tokenizer, answer: batches.Answer) -> dict[str, int]:
+    return {
+        "tokens": len(_written(tokenizer, answer)), "full_passes": answer.stats.full_passes,
+        "window_passes": answer.stats.window_passes,
+    }  # fmt: skip
+
+
+def _print(tokenizer: Tokenizer, answer: batches.Answer) -> None:
     if _TRAJECTORY.value:
-        for i, state in enumerate(trajectory, start=1):
-            print(f"{i:4d} {''.join(tokenizer.piece(token) for token in state[start:])}", file=sys.stderr)
-    print(prompts.reply_text(tokenizer, row[start:]) if is_chat else tokenizer.decode(row[start:]))
+        for i, states in enumerate(answer.stats.trajectory(), start=1):
+            pieces = (tokenizer.piece(token) for token in states[answer.row, answer.columns])
+            print(f"{i:4d} {''.join(pieces)}", file=sys.stderr)
+    print(answer.text)
 
 
 if __name__ == "__main__":

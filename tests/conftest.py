@@ -5,26 +5,24 @@ import tempfile
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# Most of a test's time is compiling: optimised code would not earn it back.
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+)  # fmt: skip
 
-import dataclasses
 import json
 
 import jax
 import numpy as np
 import pytest
+from tiny import TINY
 
 from llada_jax.config import run_config
 from llada_jax.interop.workdir import saved_steps
-from llada_jax.model.config import PRESETS
 
 jax.config.update("jax_compilation_cache_dir", str(Path(tempfile.gettempdir()) / "llada_jax_tests_cache"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
-
-TINY = dataclasses.replace(
-    PRESETS["tiny"], d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, mlp_hidden_size=48, vocab_size=64,
-    embedding_size=64, max_sequence_length=64,
-)  # fmt: skip
 
 
 @pytest.fixture

@@ -17,13 +17,17 @@ import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 
 from llada_jax.config import run_config
-from llada_jax.data import pipeline, prepare, sources
-from llada_jax.data.tokenizer import BOS, END_HEADER, EOS, EOT, MASK, START_HEADER, load_tokenizer, train_tokenizer
+from llada_jax.data import KINDS, chat, dataset, pipeline, prepare, sources
+from llada_jax.data.kind import Plan
+from llada_jax.data.tokenizer import BOS, END_HEADER, EOS, EOT, MASK, START_HEADER, load_tokenizer
+from llada_jax.data.train_tokenizer import train_tokenizer
 from llada_jax.fields import InputError
+from llada_jax.files import CHECKSUMS, write_checksums
 from llada_jax.interop.workdir import abstract_model, frugal, named_leaves
 from llada_jax.model.config import PRESETS
 
 GOLDEN = Path(__file__).parent / "golden" / "tokenizer"
+TOKENIZER = load_tokenizer(GOLDEN)
 TEXTS = ["春风得意马蹄疾，一日看尽长安花。", "The quick  brown fox\n\njumps over\tthe lazy dog.", "x = 1\r\n"]
 MESSAGES = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "春风"}]
 TEMPLATES = [
@@ -159,14 +163,15 @@ def make_chat(root):
 
 
 def read_chat(root):
-    for _, messages in sources.read_dialogues(sources.expand_files(str(root / "a.jsonl"))[0]):
-        assert messages[-1]["content"] is not None
+    plan = Plan("chat", 64, "document", "file", "drop", 0.0, 100)
+    for where, messages in chat.read(sources.expand_files(str(root / "a.jsonl"))[0], plan):
+        chat.encode(messages, where, TOKENIZER, plan)
 
 
 def _make_data(root):
     tokenizer = load_tokenizer(GOLDEN)
     prepare.prepare_dataset(
-        root / "d", texts=[text * 3 for text in TEXTS] * 4, tokenizer=tokenizer, row_length=32, packing="document",
+        root / "d", items=[text * 3 for text in TEXTS] * 4, tokenizer=tokenizer, row_length=32, packing="document",
         rows_per_shard=12, workers=1, progress=False,
     )  # fmt: skip
     return root / "d"
@@ -182,8 +187,8 @@ def make_shards(root):
 
 
 def read_data(root):
-    order = pipeline.ordered([pipeline.open_dataset(root / "d")], seed=1)
-    for kind in pipeline.KINDS:
+    order = pipeline.ordered([dataset.open_dataset(root / "d")], seed=1)
+    for kind in KINDS:
         for batch in pipeline.batches(
             order, batch_size=4, kind=kind, start_step=0, num_steps=3, seed=0, eos_id=2, threads=1, prefetch=1
         ):
@@ -223,12 +228,14 @@ def make_run_config(root):
 
 
 def make_checkpoint(root):
+    """Without checksums, so that Orbax and TensorStore read what is damaged."""
     workdir = _make_workdir(root)
+    (workdir / "checkpoints" / "0" / CHECKSUMS).unlink()
     return [path for path in (workdir / "checkpoints").rglob("*") if path.is_file()]
 
 
 def make_ocdbt_checkpoint(root):
-    """As runs save them."""
+    """As runs save them, with checksums."""
     from orbax.checkpoint import v1 as ocp
 
     step = _make_workdir(root) / "checkpoints" / "0"
@@ -236,6 +243,7 @@ def make_ocdbt_checkpoint(root):
     leaves = dict(named_leaves(_model()))
     with frugal(leaves.values()):
         ocp.save_checkpointables(str(step), {"model": leaves})
+    write_checksums(step)
     return [path for path in step.rglob("*") if path.is_file()]
 
 

@@ -49,6 +49,41 @@ def forward(weights: dict, c, tokens, visible=None, positions=None, xp=np):
     return norm(x, weights["ln_f"]) @ weights["wte" if "ff_out" not in weights else "ff_out"].T
 
 
+def forward_columns(weights: dict, c, tokens, columns, kept=None):
+    """(logits of some columns [B, C, V], keys and values of all layers): the other columns are seen as they were kept.
+
+    kept: what the last call returned; without it all columns must be computed.
+    """
+    norm = lambda x, w: w * x / np.sqrt((x**2).mean(-1, keepdims=True) + c.rms_norm_eps)
+    x, half = weights["wte"][tokens[:, columns]], c.head_dim // 2
+    angle = columns[:, None] / c.rope_theta ** (np.arange(half) / half)
+
+    def rotate(q):
+        a, b = q[..., :half], q[..., half:]
+        return np.concatenate([a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)], -1)
+
+    layers = []
+    for i in range(c.n_layers):
+        w = {name: weights[f"blocks.{name}"][i] for name in WEIGHTS}
+        h = norm(x, w["attn_norm"])
+        q, k, v = (np.einsum("bld,nhd->bnlh", h, w[name]) for name in ("q_proj", "k_proj", "v_proj"))
+        keys, values = (np.zeros((len(tokens), c.n_kv_heads, tokens.shape[1], c.head_dim)) for _ in range(2))
+        if kept is not None:
+            keys, values = kept[i][0].copy(), kept[i][1].copy()
+        keys[:, :, columns], values[:, :, columns] = rotate(k), v
+        layers.append((keys, values))
+        all_k, all_v = (np.repeat(y, c.n_heads // c.n_kv_heads, axis=1) for y in (keys, values))
+        scores = np.einsum("bnlh,bnsh->bnls", rotate(q), all_k) / np.sqrt(c.head_dim)
+        p = np.exp(scores - scores.max(-1, keepdims=True))
+        x = x + np.einsum(
+            "bnlh,dnh->bld", np.einsum("bnls,bnsh->bnlh", p / p.sum(-1, keepdims=True), all_v), w["attn_out"]
+        )
+        h = norm(x, w["ff_norm"])
+        gate = h @ w["ff_proj"].T
+        x = x + (gate / (1 + np.exp(-gate)) * (h @ w["up_proj"].T)) @ w["ff_out"].T
+    return norm(x, weights["ln_f"]) @ weights["wte" if "ff_out" not in weights else "ff_out"].T, layers
+
+
 def log_softmax(logits, xp=np):
     logits = logits - logits.max(-1, keepdims=True)
     return logits - xp.log(xp.exp(logits).sum(-1, keepdims=True))

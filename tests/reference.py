@@ -1,17 +1,15 @@
 """tests/golden/reference, which the official code made, and variants of it."""
 
-import dataclasses
 import functools
 import json
 import shutil
 from pathlib import Path
 
-import jax
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from llada_jax.interop import hf, tensor_names
-from llada_jax.interop.workdir import abstract_model, named_leaves
+from llada_jax.interop.workdir import named_leaves
 from llada_jax.model.config import ModelConfig
 
 REFERENCE = Path(__file__).parent / "golden" / "reference"
@@ -31,12 +29,7 @@ def vectors(kind):
 def load(checkpoint, compute=None):
     """The model of a reference checkpoint, float32; `compute` in another dtype is what autocast does."""
     model = hf.load(REFERENCE / checkpoint)
-    return model if compute is None else with_compute(model, compute)
-
-
-def with_compute(model, dtype):
-    like = abstract_model(dataclasses.replace(model.config, dtype=dtype), None)
-    return jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(model))
+    return model if compute is None else hf.with_dtype(model, compute)
 
 
 def published(model):

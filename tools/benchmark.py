@@ -190,18 +190,19 @@ def data() -> None:
     import jax
     import numpy as np
 
-    from llada_jax.data import pipeline
-    from llada_jax.data.shards import FORMAT, ShardWriter
+    from llada_jax.data import packing, pipeline
+    from llada_jax.data.dataset import FORMAT, ShardWriter, open_dataset
 
     length, rows, total = LENGTH.value or 4096, ROWS.value or 16, 2048
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory)
-        writer, random = ShardWriter(path, rows_per_shard=1024), np.random.default_rng(0)
+        writer = ShardWriter(path, packing.row_fields(length, 126_464), rows_per_shard=1024)
+        random = np.random.default_rng(0)
         words = (
             (126_000 * random.random(total * length) ** 3).astype(np.int32).reshape(total, length)
         )  # a few are common
         for tokens_L in words:
-            writer.write(tokens_L, np.ones(length, np.int32), 0, length)
+            writer.write(packing.padded_row(tokens_L, length, pad_id=0, prompt_length=0))
         manifest = writer.finish() | dict(
             format=FORMAT, kind="text", row_length=length, bytes=0, documents=0, dropped=0,
             tokenizer={"file": "none", "fingerprint": hashlib.sha256(b"").hexdigest(), "vocab_size": 126_464},
@@ -210,7 +211,7 @@ def data() -> None:
         (path / "manifest.json").write_text(json.dumps(manifest))
         mesh = make_mesh(dict(run_config().mesh))
         print("| row length | rows a batch | tokens/s | spread (10-90%) |\n|---|---|---|---|")
-        order = pipeline.ordered([pipeline.open_dataset(path)])
+        order = pipeline.ordered([open_dataset(path)])
         batches = pipeline.batches(
             order, batch_size=rows, kind="text", start_step=0, num_steps=10**9, seed=0, eos_id=2,
             random_length_fraction=0.01,

@@ -8,8 +8,10 @@ along. The target appears when it is complete, and with --verify only if it comp
 PyTorch is installed, what a forward pass written in PyTorch computes from the published files. Runs on the CPU.
 """
 
-import dataclasses
 import importlib.util
+import os
+import re
+import sys
 from pathlib import Path
 
 import jax
@@ -22,7 +24,7 @@ from llada_jax import cli
 from llada_jax.fields import InputError
 from llada_jax.files import parse_json, read_json
 from llada_jax.interop import hf
-from llada_jax.interop.workdir import load_config
+from llada_jax.interop.workdir import load_config, require_utf8
 from llada_jax.model.config import ModelConfig
 from llada_jax.model.transformer import Block, Transformer, rms_norm
 
@@ -33,12 +35,12 @@ TOLERANCE = 1e-3
 
 
 def convert(source: Path, target: Path, to: str, dtype: str | None, max_shard_size: str, verify: bool) -> str:
-    """Writes `target`; returns what there is to say about it. The arguments are the flags."""
-    with hf.new_directory(target) as made:
+    """Writes `target`; returns a report of one line. The arguments are the flags."""
+    with hf.new_directory(require_utf8(target) if to == "orbax" else target) as made:
         tokens = random_tokens(hf.load_config(source))
         before = probe(hf.load(source), tokens) if verify else None
         dtype = dtype or (_published_dtype(source) if to == "hf" else None)
-        with _bar("read", sum(file.stat().st_size for file in source.glob("*.safetensors"))) as bar:
+        with _bar("read", sum(map(os.path.getsize, filter(os.path.isfile, source.glob("*.safetensors"))))) as bar:
             model = hf.load(source, dtype, progress=bar.update)
         if to == "hf":
             with _bar("write", sum(x.nbytes for x in jax.tree.leaves(model))) as bar:
@@ -64,7 +66,7 @@ def random_tokens(c: ModelConfig) -> np.ndarray:
 
 def probe(model: Transformer, tokens: np.ndarray) -> np.ndarray:
     """Logits of the tokens in float32, one layer at a time: compiled whole, XLA would widen all of them at once."""
-    model = _in_float32(model)
+    model = hf.with_dtype(model, "float32")
     x_BLD = jnp.asarray(model.wte[...][tokens], jnp.float32)
     for i in range(model.config.n_layers):
         x_BLD = _layer(jax.tree.map(lambda x: x[i], model.blocks), x_BLD)  # noqa: B023
@@ -80,7 +82,7 @@ def _layer(block: Block, x_BLD: jax.Array) -> jax.Array:
 
 
 def compare(before: np.ndarray, wanted: np.ndarray, found: np.ndarray) -> str:
-    """What --verify found: the target must be exact, and a rounding of the parameters is told.
+    """What --verify found: the target must be exact, and a rounding of the parameters is reported.
 
     before: logits of the source; wanted: of the parameters that were to be written; found: of what was written.
     """
@@ -114,29 +116,22 @@ def compare_with_torch(tokens: np.ndarray, sides: dict[str, tuple[Path, np.ndarr
     return f"PyTorch computes the same from the {' and '.join(published)}, within {max(differences):.1g}"
 
 
-def _in_float32(model: Transformer) -> Transformer:
-    """The same parameters, computing in float32."""
-    config = dataclasses.replace(model.config, dtype="float32")
-    like = jax.eval_shape(lambda key: Transformer(config, key), jax.random.key(0))
-    return jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(model))
-
-
 def _missing_code(directory: Path) -> list[str]:
     """The Python files that auto_map of config.json names and that are not in the directory."""
     code = read_json(directory / "config.json").get("auto_map") or {}
     files = {
         f"{name.split('.')[0]}.py"
         for name in (code.values() if isinstance(code, dict) else ())
-        if isinstance(name, str) and "--" not in name
+        if isinstance(name, str) and re.fullmatch(r"[\w.]+", name)  # not a name on a hub: "owner/model--file.Class"
     }
     return sorted(file for file in files if not (directory / file).exists())
 
 
 def _published_dtype(source: Path) -> str | None:
-    """The dtype of the published model that a run began with, as its config.json tells; None where there is none."""
+    """The dtype of the published model that a run began with, by its config.json; None where there is none."""
     model = load_config(source).get("model") or {}
-    told = parse_json(model.get("published") or "{}", f"{source / 'config.json'}: model.published")
-    dtype = told.get("torch_dtype", told.get("dtype"))
+    published = parse_json(model.get("published") or "{}", f"{source / 'config.json'}: model.published")
+    dtype = published.get("torch_dtype", published.get("dtype"))
     return dtype if dtype in ("float32", "bfloat16") else None
 
 
@@ -146,6 +141,7 @@ def _bar(what: str, total: int) -> tqdm:
 
 def main(_argv: list[str]) -> None:
     jax.config.update("jax_platforms", "cpu")  # memory of the host; accelerators round float32 products
+    sys.stdout.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]; paths of any bytes
     f = flags.FLAGS
     print(convert(Path(f.source), Path(f.target), f.to, f.dtype, f.max_shard_size, f.verify))
 

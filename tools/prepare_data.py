@@ -13,14 +13,14 @@ embedded source: couplets, python_reference. Dialogues are .jsonl, a line
 from absl import flags
 
 from llada_jax import cli
-from llada_jax.data import packing, prepare, sources
+from llada_jax.data import KINDS, kind, packing, prepare, sources
 from llada_jax.data.tokenizer import load_tokenizer
 
 FILES = flags.DEFINE_list("files", None, "Comma-separated globs or embedded sources.", required=True)
 OUTPUT = flags.DEFINE_string("output", None, "Directory to make.", required=True)
 TOKENIZER = flags.DEFINE_string("tokenizer", None, "File or directory of the tokenizer.", required=True)
-KIND = flags.DEFINE_enum("kind", "text", list(prepare.KINDS), "Running text or dialogues.")
-ROW_LENGTH = flags.DEFINE_integer("row_length", 4096, "Tokens of a row.", lower_bound=2)
+KIND = flags.DEFINE_enum("kind", "text", list(KINDS), "Running text or dialogues.")
+ROW_LENGTH = flags.DEFINE_integer("row_length", 4096, "Tokens of a row.", lower_bound=2, upper_bound=kind.LONGEST_ROW)
 PACKING = flags.DEFINE_enum(
     "packing",
     "concatenate",
@@ -28,11 +28,11 @@ PACKING = flags.DEFINE_enum(
     "One stream cut to rows, or a row for each document.",
 )
 DOCUMENTS = flags.DEFINE_enum("documents", "file", list(sources.DOCUMENTS), "What a document of a text file is.")
-OVERLONG = flags.DEFINE_enum("overlong", "error", list(prepare.OVERLONG), "What to do with replies beyond row_length.")
+OVERLONG = flags.DEFINE_enum("overlong", "error", list(kind.OVERLONG), "What to do with replies beyond row_length.")
 VALIDATION_FRACTION = flags.DEFINE_float(
     "validation_fraction", 0.0, "Share of the documents that goes to OUTPUT/validation."
 )
-WORKERS = flags.DEFINE_integer("workers", None, "Processes; all cores if not given.", lower_bound=1)
+WORKERS = flags.DEFINE_integer("workers", None, "Processes; all cores if not given.", lower_bound=1, upper_bound=1024)
 
 
 def main(_argv: list[str]) -> None:

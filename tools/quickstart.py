@@ -14,16 +14,17 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-from llada_jax import cli
+from llada_jax import cli, inputs
 from llada_jax.config import RunConfig
 from llada_jax.data import prepare, sources
-from llada_jax.data.tokenizer import load_tokenizer, train_tokenizer
+from llada_jax.data.tokenizer import load_tokenizer
+from llada_jax.data.train_tokenizer import train_tokenizer
 from llada_jax.evaluation import reversal
 from llada_jax.fields import InputError
 from llada_jax.interop.workdir import load_model
 from llada_jax.model.transformer import parameter_count
 from llada_jax.sampling import prompts
-from llada_jax.sampling.generate import sample
+from llada_jax.sampling.generate import generate
 from llada_jax.tools import report
 from llada_jax.training.run import train
 
@@ -212,8 +213,8 @@ def ask(model, tokenizer, couplets: Sequence[tuple[str, str]], direction: str):
     asked = [tokenizer.encode_chat([{"role": "user", "content": form.format(c[given])}]) for c in couplets]
     if model.config.causal:
         return reversal.continue_ids(model, tokenizer, asked, _ANSWER_ROOM), None
-    rows, real = prompts.left_pad(asked, tokenizer.pad_id)
-    sampled = sample(model, rows, real, gen_length=_ANSWER_ROOM, steps=_ANSWER_ROOM, block_length=_ANSWER_ROOM)
+    rows, real = inputs.left_pad(asked, tokenizer.pad_id)
+    _, sampled = generate(model, rows, real, gen_length=_ANSWER_ROOM, return_stats=True)
     return [prompts.reply_text(tokenizer, row) for row in np.asarray(sampled.tokens)[:, -_ANSWER_ROOM:]], sampled
 
 

@@ -5,22 +5,21 @@ need little memory. B batch, L length, D model width, N query heads, K key heads
 """
 
 import json
-import mmap
-import struct
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 
-# What the two families call the same things: fields of config.json, tensors, and tensors of one layer.
+# What LLaDA, and what Llama and iLLaDA call the same things: keys of config.json, tensors, tensors of one layer.
 LLADA = {
     "layers": "n_layers", "heads": "n_heads", "tied": "weight_tying",
     "embedding": "model.transformer.wte", "norm": "model.transformer.ln_f", "head": "model.transformer.ff_out",
     "layer": "model.transformer.blocks.{}", "attention_norm": "attn_norm", "mlp_norm": "ff_norm",
     "q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "attn_out", "gate": "ff_proj", "up": "up_proj", "down": "ff_out",
 }  # fmt: skip
-ILLADA = {
+LLAMA = {
     "layers": "num_hidden_layers", "heads": "num_attention_heads", "tied": "tie_word_embeddings",
     "embedding": "model.embed_tokens", "norm": "model.norm", "head": "lm_head",
     "layer": "model.layers.{}", "attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm",
@@ -28,7 +27,6 @@ ILLADA = {
     "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj",
 }  # fmt: skip
 
-_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _ROWS = 8192  # of the vocabulary at a time
 
 
@@ -36,8 +34,8 @@ _ROWS = 8192  # of the vocabulary at a time
 def logits(directory: Path, tokens_BL: np.ndarray) -> np.ndarray:
     """Float32 logits [B, L, V] of token ids by the checkpoint in `directory`, nothing masked from attention."""
     config = json.loads((directory / "config.json").read_text("utf-8"))
-    tensors = _mapped(directory)
-    names = LLADA if LLADA["embedding"] + ".weight" in tensors else ILLADA
+    tensors = _tensors(directory)
+    names = LLADA if LLADA["embedding"] + ".weight" in tensors else LLAMA
     theta, eps = config.get("rope_theta", 10000.0), config.get("rms_norm_eps", 1e-5)
     embedding_VD = tensors[names["embedding"] + ".weight"]
     x_BLD = embedding_VD[torch.from_numpy(tokens_BL).long()].float()
@@ -56,19 +54,12 @@ def logits(directory: Path, tokens_BL: np.ndarray) -> np.ndarray:
     return torch.cat([F.linear(x_BLD, rows.float()) for rows in head_VD.split(_ROWS)], -1).numpy()
 
 
-def _mapped(directory: Path) -> dict[str, torch.Tensor]:
-    """Every tensor by its name, read from the disk where it is touched."""
+def _tensors(directory: Path) -> dict[str, torch.Tensor]:
+    """Every tensor by its name, mapped: read from the disk where it is touched."""
     found = {}
     for path in sorted(directory.glob("*.safetensors")):
-        with open(path, "rb") as file:
-            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # of read-only memory PyTorch warns
-        start = 8 + struct.unpack("<Q", data[:8])[0]
-        for name, entry in json.loads(data[8:start]).items():
-            if name != "__metadata__":
-                dtype, (first, last) = _DTYPES[entry["dtype"]], entry["data_offsets"]
-                count = (last - first) // dtype.itemsize
-                flat = torch.frombuffer(data, dtype=dtype, count=count, offset=start + first)
-                found[name] = flat.reshape(entry["shape"])
+        with safe_open(path, framework="pt") as file:
+            found |= {name: file.get_tensor(name) for name in file.keys()}
     return found
 
 

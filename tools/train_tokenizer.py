@@ -13,12 +13,12 @@ from absl import flags
 
 from llada_jax import cli
 from llada_jax.data.sources import expand_files, read_documents
-from llada_jax.data.tokenizer import train_tokenizer
+from llada_jax.data.train_tokenizer import MODEL_TYPES, train_tokenizer
 
 FILES = flags.DEFINE_list("files", None, "Comma-separated globs or embedded sources.", required=True)
 OUTPUT = flags.DEFINE_string("output", None, "The tokenizer file to write, ….model.", required=True)
 VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 16384, "Ids, at most; fewer if the text is small.")
-MODEL_TYPE = flags.DEFINE_enum("model_type", "bpe", ["bpe", "unigram", "char"], "Kind of pieces.")
+MODEL_TYPE = flags.DEFINE_enum("model_type", "bpe", list(MODEL_TYPES), "Kind of pieces.")
 
 
 def main(_argv: list[str]) -> None:

@@ -1,19 +1,27 @@
-"""Pure functions on ids: documents and dialogues become rows, batches of rows are cut or split.
+"""Rows of tokens: how documents are packed into them, how batches of them are cut and split.
 
-Shapes: B rows of a batch, L positions of a row, N ids of a document, any number.
+Pure functions on ids. Shapes: B rows of a batch, L positions of a row, N ids of a document, any number.
 A segment id is 0 at padding and counts the documents of a row from 1.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from llada_jax.data.tokenizer import Tokenizer
+from llada_jax.data.kind import Batch, Field, Record
 from llada_jax.fields import InputError
 
 PACKINGS = ("concatenate", "document")
 
-Row = tuple[np.ndarray, np.ndarray]  # tokens_L, segment_ids_L, both int32
+
+def row_fields(row_length: int, vocab_size: int) -> dict[str, Field]:
+    """The fields of a row of tokens: tokens and segment_ids int32 [L], prompt_length and length int32."""
+    return {
+        "tokens": Field("int32", (row_length,), vocab_size),
+        "segment_ids": Field("int32", (row_length,), row_length + 1),
+        "prompt_length": Field("int32", (), row_length + 1),  # 0: running text
+        "length": Field("int32", (), row_length + 1),  # positions that are not padding
+    }
 
 
 class Packer:
@@ -30,8 +38,8 @@ class Packer:
         self._bos_id, self._eos_id, self._pad_id = bos_id, eos_id, pad_id
         self._begin_row()
 
-    def add(self, ids: Sequence[int] | np.ndarray) -> Iterator[Row]:
-        """Takes a document; yields the rows (tokens_L, segment_ids_L) that are complete now."""
+    def add(self, ids: Sequence[int] | np.ndarray, /) -> Iterator[Record]:
+        """Takes a document; yields the rows that are complete now (see `row_fields`)."""
         ids_N = np.concatenate([[self._bos_id], ids, [self._eos_id]]).astype(np.int32)
         start = 0
         while start < len(ids_N):
@@ -45,53 +53,39 @@ class Packer:
             if end == self._row_length or self._packing == "document":
                 yield from self.flush()
 
-    def flush(self) -> Iterator[Row]:
+    def flush(self) -> Iterator[Record]:
         """Yields the row begun, padded, if there is one."""
         if self._filled:
-            row = self._tokens_L, self._segment_ids_L
+            row = _row(self._tokens_L, self._segment_ids_L, 0, self._filled)
             self._begin_row()
             yield row
 
     def _begin_row(self):
-        self._tokens_L, self._segment_ids_L = _empty_row(self._row_length, self._pad_id)
+        self._tokens_L = np.full(self._row_length, self._pad_id, np.int32)
+        self._segment_ids_L = np.zeros(self._row_length, np.int32)
         self._filled = self._segment = 0
 
 
-def pack_documents(
-    documents: Iterable[Sequence[int] | np.ndarray],
-    row_length: int,
-    packing: str,
-    bos_id: int,
-    eos_id: int,
-    pad_id: int,
-) -> Iterator[Row]:
-    """All rows (tokens_L, segment_ids_L), both int32, of the documents; see `Packer`."""
-    packer = Packer(row_length, packing, bos_id, eos_id, pad_id)
-    for ids in documents:
-        yield from packer.add(ids)
-    yield from packer.flush()
-
-
-def dialogue_rows(messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer) -> list[tuple[np.ndarray, int]]:
-    """Pairs (tokens_N, prompt_length), one for each reply: the dialogue before it, then the reply.
-
-    The rows are neither padded nor cut: what to do with too long ones is the caller's decision.
-    """
-    rows = []
-    for i, message in enumerate(messages):
-        if message["role"] == "assistant":
-            prompt = tokenizer.encode_chat(messages[:i])
-            answer = tokenizer.encode_answer(message["content"])
-            rows.append((np.asarray(prompt + answer, np.int32), len(prompt)))
-    return rows
-
-
-def pad_row(tokens_N: np.ndarray, row_length: int, pad_id: int) -> Row:
+def padded_row(tokens_N: np.ndarray, row_length: int, pad_id: int, prompt_length: int) -> Record:
     """A row of one segment, padded to `row_length`, which must not be shorter than the tokens."""
-    tokens_L, segment_ids_L = _empty_row(row_length, pad_id)
+    segment_ids_L = (np.arange(row_length) < len(tokens_N)).astype(np.int32)
+    tokens_L = np.full(row_length, pad_id, np.int32)
     tokens_L[: len(tokens_N)] = tokens_N
-    segment_ids_L[: len(tokens_N)] = 1
-    return tokens_L, segment_ids_L
+    return _row(tokens_L, segment_ids_L, prompt_length, len(tokens_N))
+
+
+def _row(tokens_L: np.ndarray, segment_ids_L: np.ndarray, prompt_length: int, length: int) -> Record:
+    return {"tokens": tokens_L, "segment_ids": segment_ids_L, "prompt_length": prompt_length, "length": length}
+
+
+def token_batch(tokens_BL: np.ndarray, segment_ids_BL: np.ndarray, maskable_BL: np.ndarray) -> Batch:
+    """tokens and segment_ids int32 [B, L], maskable bool [B, L], answer_length int32 [B]: how many are maskable."""
+    return {
+        "tokens": tokens_BL.astype(np.int32, copy=False),
+        "segment_ids": segment_ids_BL.astype(np.int32, copy=False),
+        "maskable": maskable_BL,
+        "answer_length": maskable_BL.sum(1, dtype=np.int32),
+    }
 
 
 def random_length(
@@ -140,7 +134,3 @@ def _mix(x: np.ndarray) -> np.ndarray:
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
-
-
-def _empty_row(row_length: int, pad_id: int) -> Row:
-    return np.full(row_length, pad_id, np.int32), np.zeros(row_length, np.int32)

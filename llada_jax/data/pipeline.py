@@ -1,107 +1,33 @@
-"""Rows become batches: the rows of a step are a pure function of (seed, step), read by Grain.
+"""Makes batches of rows: which rows a step has is a pure function of (seed, step). Grain reads them.
 
 Shapes: G rows of the global batch, B of them for this process, L positions of a row.
 """
 
-import bisect
 import dataclasses
 import functools
-import itertools
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import grain
 import numpy as np
-from array_record.python.array_record_data_source import ArrayRecordDataSource
 
-from llada_jax.data import packing
-from llada_jax.data.manifest import KINDS, check_files, read_column, read_manifest
-from llada_jax.data.shards import decode_record
+from llada_jax.data import KINDS, packing
+from llada_jax.data.dataset import DamagedRow, RowSource
+from llada_jax.data.kind import Batch, Field, Place, Record
+from llada_jax.data.sources import check_unicode
 from llada_jax.fields import InputError
 
-ON_DAMAGE = ("stop", "skip")
-
+_LEAST_WEIGHT, _MOST_WEIGHT = 1e-6, 1e6  # of a dataset in a mixture
 _TABLE_ROWS = 2**16  # up to here the order of an epoch is held as a table
-_STAND_IN_SEED = 0xDA3A6E  # fixed: a damaged row has the same stand-in on every host and in every run
-_MOST_STAND_INS = 100  # tried for one row, before the dataset is given up
 
-OnDamage = Callable[[int, str, str], object]  # is told the position in the order, the cause and what is done
-
-
-class DamagedRow(InputError):
-    """A row that is not as it was written."""
-
-
-class RowSource:
-    """A prepared dataset by row: `source[i]` is a dict of tokens, segment_ids (int32 [L]),
-    prompt_length and length. Thread-safe; made by `open_dataset`."""
-
-    def __init__(self, path: Path, manifest: dict[str, Any]):
-        self.path, self.manifest = path, manifest
-        self.lengths = read_column(path / "lengths.npy", np.int32, manifest["rows"])  # what is not padding
-        self._checksums = read_column(path / "checksums.npy", np.uint32, manifest["rows"])
-        self.kind: str = manifest["kind"]
-        self.row_length: int = manifest["row_length"]
-        self.tokenizer_path = path / manifest["tokenizer"]["file"]
-        shards = [_Shard(str(path / shard["file"]), 0, shard["rows"], shard["rows"]) for shard in manifest["shards"]]
-        self._records = ArrayRecordDataSource(shards)  # pyright: ignore[reportArgumentType]
-        self._ends = list(itertools.accumulate(shard["rows"] for shard in manifest["shards"]))
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        vocab_size, checksum = self.manifest["tokenizer"]["vocab_size"], int(self._checksums[index])
-        try:
-            row = decode_record(self._records[index], self.row_length, checksum, vocab_size)
-            if row["length"] != self.lengths[index]:
-                raise ValueError(f"its length {row['length']} is {self.lengths[index]} in lengths.npy")
-        except (RuntimeError, OSError, ValueError) as error:
-            shard = bisect.bisect_right(self._ends, index)
-            file = self.path / self.manifest["shards"][shard]["file"]
-            record = index - (self._ends[shard - 1] if shard else 0)
-            reason = " ".join(str(error).split())[:200]
-            raise DamagedRow(f"{file}: record {record} cannot be read ({reason}); copy the file again") from error
-        return row
-
-    def stand_in(self, index: int) -> int:
-        """The readable row that takes the place of a damaged one: a function of its index and the files alone."""
-        for attempt in range(_MOST_STAND_INS):
-            draw = packing.uniform(_STAND_IN_SEED, attempt, np.asarray([index]))[0]
-            try:
-                self[other := int(draw * len(self))]
-                return other
-            except DamagedRow:
-                pass  # the next one
-        raise InputError(f"{self.path}: {_MOST_STAND_INS} rows drawn from it cannot be read; copy the dataset again")
-
-
-class _Shard(NamedTuple):
-    """ArrayRecord's FileInstruction: with the count known, files are opened only when needed."""
-
-    filename: str
-    skip: int
-    take: int
-    examples_in_shard: int
-
-
-def open_dataset(path: str | os.PathLike) -> RowSource:
-    """Opens what `prepare_dataset` wrote; InputError if it is missing, incomplete or foreign."""
-    path = Path(path)
-    manifest = read_manifest(path)
-    check_files(path, manifest)
-    return RowSource(path, manifest)
+OnDamage = Callable[[int, str, str], object]  # called with the position in the order, the cause and what is done
 
 
 @dataclasses.dataclass(frozen=True)
 class Order:
-    """The infinite global order of rows: `order[g]` reads the row of position g.
-
-    With `on_damage`, a row that cannot be read is told to it and replaced by its stand-in, which has "replaced" set.
-    """
+    """The infinite global order of rows. With `on_damage`, a row that cannot be read is replaced by its stand-in."""
 
     sources: tuple[RowSource, ...]
     places: grain.MapDataset
@@ -113,17 +39,36 @@ class Order:
         assert place is not None  # grain's way to filter, not used here
         return place
 
-    def __getitem__(self, position: int) -> dict[str, Any]:
+    def read(self, position: int) -> tuple[Record, bool]:
+        """The record of a position, and whether it is the stand-in for one that cannot be read."""
         number, row = self.place(position)
         source = self.sources[number]
         try:
-            return source[row]
+            return source[row], False
         except DamagedRow as error:
             if self.on_damage is None:
                 raise InputError(f"{error}, or set config.data.on_damage to 'skip'") from error
             other = source.stand_in(row)
             self.on_damage(position, str(error), f"row {other} of the dataset stands in for row {row}")
-            return source[other] | {"replaced": True}
+            return source[other], True
+
+
+def parse_mixture(mixture: Sequence[Any]) -> list[tuple[Path, float]]:
+    """(directory, weight) pairs of config.data.mixture. Raises InputError for anything else."""
+    pairs = []
+    for i, entry in enumerate(mixture):
+        is_pair = isinstance(entry, tuple | list) and len(entry) == 2 and isinstance(entry[0], str) and entry[0]
+        if not is_pair or not _is_weight(entry[1]):
+            raise InputError(
+                f"config.data.mixture[{i}] is {str(entry)[:60]!r}, must be (directory, weight), the weight from "
+                f"{_LEAST_WEIGHT:g} to {_MOST_WEIGHT:g}"
+            )
+        pairs.append((Path(check_unicode(entry[0], f"config.data.mixture[{i}]")), float(entry[1])))
+    return pairs
+
+
+def _is_weight(x: Any) -> bool:
+    return isinstance(x, int | float) and not isinstance(x, bool) and _LEAST_WEIGHT <= x <= _MOST_WEIGHT
 
 
 def ordered(
@@ -139,8 +84,9 @@ def ordered(
     the file and the record, or with `on_damage` replaced; see `Order`.
     """
     weights = [1.0] * len(sources) if weights is None else list(weights)
-    if not sources or len(weights) != len(sources) or min(weights) <= 0:
-        raise InputError(f"weights are {weights} for {len(sources)} datasets; each needs one above 0")
+    if not sources or len(weights) != len(sources) or not all(map(_is_weight, weights)):
+        wanted = f"each needs one from {_LEAST_WEIGHT:g} to {_MOST_WEIGHT:g}"
+        raise InputError(f"weights are {weights} for {len(sources)} datasets; {wanted}")
     lengths = {source.row_length for source in sources}
     fingerprints = {source.manifest["tokenizer"]["fingerprint"] for source in sources}
     paths = ", ".join(str(source.path) for source in sources)
@@ -190,38 +136,54 @@ def batches(
     seed: int,
     eos_id: int,
     only: Sequence[int] | np.ndarray | None = None,
-    random_length_fraction: float = 0.0,
-    split_fraction: float = 0.0,
     threads: int = 4,
     prefetch: int = 8,
-) -> Iterator[dict[str, np.ndarray]]:
-    """Batches of steps start_step, …, num_steps - 1; row j of step s is order[s * batch_size + j].
+    **options: Any,
+) -> Iterator[Batch]:
+    """Batches of steps start_step, …, num_steps - 1; row j of step s is order.read(s * batch_size + j).
 
-    Each is a dict of the rows that `only` names (those of this process; None: all): tokens and
-    segment_ids int32 [B, L] (segment 0 is padding), maskable bool [B, L], answer_length int32 [B]
-    (how many positions are maskable); where damaged rows are replaced, which ones were: replaced bool [B]. No other
-    rows are read.
-    "text": everything but padding is maskable; `random_length_fraction` and `split_fraction` apply.
-    "chat": the reply is maskable, and so is the EOS that pads it to the longest dialogue of the
-    *global* batch; text rows may be mixed in. `prefetch` batches are made ahead by `threads`.
+    Each is what `collate` of the kind makes of the rows that `only` names (those of this process; None: all); no other
+    rows are read. Where damaged rows are replaced, "replaced" bool [B] says which ones were. `options` are those of the
+    kind. `prefetch` batches are made ahead by `threads`.
     """
-    if kind not in KINDS:
-        raise InputError(f"kind is {kind!r}, must be one of {', '.join(KINDS)}")
-    if kind == "chat" and (random_length_fraction or split_fraction):
-        raise InputError("random_length_fraction and split_fraction are for kind 'text'; leave them 0 for 'chat'")
+    require_fields(order.sources, kind)
+    for name in options:
+        if name not in KINDS[kind].options:
+            raise InputError(f"{name} is no option of kind {kind!r}; leave it out")
     make = functools.partial(
         _make_batch,
         order=order,
         batch_size=batch_size,
         only=range(batch_size) if only is None else only,
-        kind=kind,
+        collate=functools.partial(KINDS[kind].collate, **options),
         seed=seed,
         eos_id=eos_id,
-        fractions=(random_length_fraction, split_fraction),
     )
     steps = grain.MapDataset.range(start_step, max(num_steps, start_step))
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
-    return iter(steps.map(make).to_iter_dataset(options))
+    read = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
+    return iter(steps.map(make).to_iter_dataset(read))
+
+
+def require_fields(sources: Sequence[RowSource], kind: str) -> None:
+    """Raises InputError for an unknown kind, and for a dataset whose rows do not have the fields of that kind.
+
+    Datasets of other kinds may be mixed in if they have the same fields, such as text among dialogues.
+    """
+    if kind not in KINDS:
+        raise InputError(f"kind is {kind!r}, must be one of {', '.join(KINDS)}")
+    for source in sources:
+        wanted = KINDS[kind].fields(source.row_length, source.manifest["tokenizer"]["vocab_size"])
+        if list(source.fields) != list(wanted) or not all(map(_fits, source.fields.values(), wanted.values())):
+            raise InputError(
+                f"{source.path}: its rows, of kind {source.kind!r}, are not what kind {kind!r} reads "
+                f"({', '.join(wanted)}); prepare it with --kind={kind}"
+            )
+
+
+def _fits(field: Field, wanted: Field) -> bool:
+    """Whether a field holds what is wanted, and only numbers that are allowed there."""
+    bounded = wanted.below is None or (field.below is not None and field.below <= wanted.below)
+    return field[:2] == wanted[:2] and bounded
 
 
 def _make_batch(
@@ -230,65 +192,21 @@ def _make_batch(
     order: Order,
     batch_size: int,
     only: Sequence[int] | np.ndarray,
-    kind: str,
+    collate: Callable[..., Batch],
     seed: int,
     eos_id: int,
-    fractions: tuple[float, float],
-) -> dict[str, np.ndarray]:
+) -> Batch:
     positions_G = range(step * batch_size, (step + 1) * batch_size)
     positions_B = np.asarray([positions_G[row] for row in only])
-    read = [order[int(g)] for g in positions_B]
-    replaced = {} if order.on_damage is None else {"replaced": np.asarray(["replaced" in row for row in read])}
-    tokens_BL = np.stack([row["tokens"] for row in read])
-    segment_ids_BL = np.stack([row["segment_ids"] for row in read])
-    if kind == "chat":
-        longest = _longest_dialogue(order, positions_G)
-        prompts_B = np.asarray([row["prompt_length"] for row in read], np.int32)
-        return _pad_answers(tokens_BL, segment_ids_BL, prompts_B, longest, eos_id) | replaced
-    random_fraction, split_fraction = fractions
-    if random_fraction:
-        tokens_BL, segment_ids_BL = packing.random_length(
-            tokens_BL,
-            segment_ids_BL,
-            positions_B,
-            fraction=random_fraction,
-            seed=seed,
-            pad_id=eos_id,
-        )
-    if split_fraction:
-        segment_ids_BL = packing.split_in_two(segment_ids_BL, positions_B, fraction=split_fraction, seed=seed)
-    return _batch(tokens_BL, segment_ids_BL, segment_ids_BL > 0) | replaced
+    records, replaced = zip(*(order.read(int(g)) for g in positions_B), strict=True)
+    batch = collate(records, Place(positions_B, functools.partial(_longest, order, positions_G), seed, eos_id))
+    return batch if order.on_damage is None else batch | {"replaced": np.asarray(replaced)}
 
 
-def _longest_dialogue(order: Order, positions_G: range) -> int:
-    """Length of the longest chat row of the global batch, which every process finds by itself."""
+def _longest(order: Order, positions_G: range, kind: str) -> int:
+    """The largest length of the rows of a kind in the global batch, which every process finds without reading them."""
     longest = 0
     for source, row in map(order.place, positions_G):
-        if order.sources[source].kind == "chat":
+        if order.sources[source].kind == kind:
             longest = max(longest, int(order.sources[source].lengths[row]))
     return longest
-
-
-def _pad_answers(
-    tokens_BL: np.ndarray,
-    segment_ids_BL: np.ndarray,
-    prompts_B: np.ndarray,
-    longest: int,
-    eos_id: int,
-) -> dict[str, np.ndarray]:
-    """EOS up to `longest` becomes part of the reply (LLaDA's SFT): maskable and attended."""
-    is_chat_B1 = (prompts_B > 0)[:, None]  # a text row has no prompt
-    columns_L = np.arange(tokens_BL.shape[1])
-    filler_BL = is_chat_B1 & (segment_ids_BL == 0) & (columns_L < longest)
-    tokens_BL = np.where(filler_BL, eos_id, tokens_BL)
-    segment_ids_BL = np.where(filler_BL, 1, segment_ids_BL)
-    return _batch(tokens_BL, segment_ids_BL, (segment_ids_BL > 0) & (columns_L >= prompts_B[:, None]))
-
-
-def _batch(tokens_BL: np.ndarray, segment_ids_BL: np.ndarray, maskable_BL: np.ndarray) -> dict[str, np.ndarray]:
-    return {
-        "tokens": tokens_BL.astype(np.int32, copy=False),
-        "segment_ids": segment_ids_BL.astype(np.int32, copy=False),
-        "maskable": maskable_BL,
-        "answer_length": maskable_BL.sum(1, dtype=np.int32),
-    }

@@ -1,4 +1,7 @@
-"""Files of text or dialogues become a directory of rows: shards, lengths, tokenizer, manifest."""
+"""Prepares a dataset: reads files, encodes them in several processes and writes a directory of rows.
+
+The directory appears when it is complete. The rows do not depend on the number of processes.
+"""
 
 import contextlib
 import dataclasses
@@ -9,67 +12,37 @@ import json
 import multiprocessing
 import os
 import platform
+import queue
 import signal
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import resource_tracker
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import tqdm
 
-from llada_jax.data import packing, sources
-from llada_jax.data.manifest import KINDS, read_manifest
-from llada_jax.data.shards import FORMAT, ShardWriter, atomic_directory
-from llada_jax.data.tokenizer import Messages, Tokenizer
+from llada_jax.data import KINDS, packing, sources
+from llada_jax.data.dataset import FORMAT, ShardWriter, read_manifest
+from llada_jax.data.kind import LONGEST_ROW, OVERLONG, Encoded, Plan
+from llada_jax.data.tokenizer import Tokenizer
 from llada_jax.fields import InputError
+from llada_jax.files import atomic_directory, hash_file
 
-OVERLONG = ("error", "drop")
-
-_CHUNK_BYTES = 2**18  # of text, the unit of work of one process: a fraction of a second
+_CHUNK_CHARACTERS = 2**18  # the unit of work of one process: a fraction of a second
+_FEW_CHUNKS = 8  # less than that many are encoded without starting processes
 _SHARD_BYTES = 2**28  # before compression
 _TOKENIZER_FACTS = ("fingerprint", "vocab_size", "bos_id", "eos_id", "pad_id", "mask_id", "eot_id")
 _VALIDATION_SEED = 0x5EED  # fixed: a document stays on its side whatever else changes
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
-Document = tuple[str, Any]  # where it stands ("file:line"), its text or messages
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What the rows depend on besides the sources and the tokenizer."""
-
-    kind: str
-    row_length: int
-    packing: str
-    documents: str
-    overlong: str
-    validation_fraction: float
-    rows_per_shard: int
-
-    def __post_init__(self):
-        choices = {
-            "kind": KINDS,
-            "packing": packing.PACKINGS,
-            "documents": sources.DOCUMENTS,
-            "overlong": OVERLONG,
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                given = getattr(self, name)
-                raise InputError(f"{name} is {given!r}, must be one of {', '.join(allowed)}")
-        if self.row_length < 2:
-            raise InputError(f"row_length is {self.row_length}, must be at least 2")
-        if not 0 <= self.validation_fraction < 1:
-            given = self.validation_fraction
-            raise InputError(f"validation_fraction is {given}, must be at least 0 and below 1")
-        if self.rows_per_shard < 1:
-            raise InputError(f"rows_per_shard is {self.rows_per_shard}, must be at least 1")
+Item = tuple[str, Any]  # where it stands ("file:line"), its content
+Encode = Callable[[Any, str, Tokenizer, Plan], Encoded]
 
 
 def prepare_dataset(
@@ -77,8 +50,7 @@ def prepare_dataset(
     *,
     kind: str = "text",
     files: str | Sequence[str] | None = None,
-    texts: Iterable[str] | None = None,
-    dialogues: Iterable[Messages] | None = None,
+    items: Iterable[Any] | None = None,
     tokenizer: Tokenizer,
     row_length: int,
     packing: str = "concatenate",
@@ -89,7 +61,7 @@ def prepare_dataset(
     workers: int | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Writes the rows of `files` (or, in memory, `texts` or `dialogues`); returns the manifest.
+    """Writes the rows of `files` (or, in memory, `items`: texts, or lists of messages); returns the manifest.
 
     `packing` and `documents` (what a document of a text file is) concern kind "text"; `overlong`
     ("error" or "drop", for rows of more than `row_length` tokens) kind "chat". A share
@@ -99,42 +71,53 @@ def prepare_dataset(
     """
     shard_rows = rows_per_shard or max(1, _SHARD_BYTES // (8 * row_length)) if row_length > 0 else 1
     plan = Plan(kind, row_length, packing, documents, overlong, validation_fraction, shard_rows)
-    stream, described = _open_sources(plan, files, texts, dialogues)
-    output = Path(output)
+    _check(plan)
+    stream, described = _open_sources(plan, files, items)
+    output = Path(sources.check_unicode(os.fspath(output), f"{str(output)!r}, the name of the output"))
     fingerprint = _fingerprint(plan, tokenizer, described)
     manifest = _existing(output, fingerprint, described)
     if manifest is not None:
         return manifest
     with atomic_directory(output) as directory, _progress_bar(described, progress) as bar:
         shared = {"preparation": fingerprint, "sources": described}
-        tokenise = functools.partial(_tokenise_chunk, plan, tokenizer)
-        tokenised = _map_in_order(tokenise, _chunks(stream), workers or os.cpu_count() or 1)
-        with contextlib.closing(tokenised):  # stops the processes, also after a failure
-            return _write(directory, plan, tokenizer, tokenised, shared, bar)
+        encode = functools.partial(_encode_chunk, plan, tokenizer, KINDS[kind].encode)
+        encoded = _encoded_in_order(encode, _chunks(stream), workers or os.cpu_count() or 1)
+        with contextlib.closing(encoded):  # stops the processes, also after a failure
+            return _write(directory, plan, tokenizer, encoded, shared, bar)
+
+
+def _check(plan: Plan) -> None:
+    choices = {
+        "kind": tuple(KINDS),
+        "packing": packing.PACKINGS,
+        "documents": sources.DOCUMENTS,
+        "overlong": OVERLONG,
+    }
+    for name, allowed in choices.items():
+        if getattr(plan, name) not in allowed:
+            raise InputError(f"{name} is {getattr(plan, name)!r}, must be one of {', '.join(allowed)}")
+    if not 2 <= plan.row_length <= LONGEST_ROW:
+        raise InputError(f"row_length is {plan.row_length}, must be from 2 to {LONGEST_ROW}")
+    if not 0 <= plan.validation_fraction < 1:
+        raise InputError(f"validation_fraction is {plan.validation_fraction}, must be at least 0 and below 1")
+    if plan.rows_per_shard < 1:
+        raise InputError(f"rows_per_shard is {plan.rows_per_shard}, must be at least 1")
 
 
 def _open_sources(
-    plan: Plan,
-    files: str | Sequence[str] | None,
-    texts: Iterable[str] | None,
-    dialogues: Iterable[Messages] | None,
-) -> tuple[Iterator[Document], list[dict[str, Any]] | None]:
-    """The documents, and a description of their origin (None for iterators, read only once)."""
-    inputs = {"files": files, "texts": texts, "dialogues": dialogues}
-    given = [name for name, value in inputs.items() if value is not None]
-    allowed = ("files", "dialogues" if plan.kind == "chat" else "texts")
-    if len(given) != 1 or given[0] not in allowed:
-        found = " and ".join(given) or "none"
-        raise InputError(f"kind {plan.kind!r} takes one of {' or '.join(allowed)}, got {found}")
+    plan: Plan, files: str | Sequence[str] | None, items: Iterable[Any] | None
+) -> tuple[Iterator[Item], list[dict[str, Any]] | None]:
+    """The items, and a description of their origin (None for iterators, read only once)."""
+    if (files is None) == (items is None):
+        raise InputError("a preparation takes either files or items")
     if files is not None:
         paths = sources.expand_files(files)
+        read = KINDS[plan.kind].read
         with ThreadPoolExecutor() as pool:  # hashing takes 1% of the time that tokenising takes
-            return _read_files(paths, plan), list(pool.map(_describe_file, paths))
-    name, items = given[0], inputs[given[0]]
+            described = list(pool.map(_describe_file, paths))
+        return (item for path in paths for item in read(path, plan)), described
     assert items is not None
-    stream = ((f"{name}[{i}]", item) for i, item in enumerate(items))
-    if dialogues is not None:
-        stream = ((where, sources.check_messages(list(item), where)) for where, item in stream)
+    stream = ((f"items[{i}]", item) for i, item in enumerate(items))
     if not isinstance(items, Sequence):
         return stream, None
     digest, size = hashlib.sha256(), 0
@@ -142,24 +125,14 @@ def _open_sources(
         data = json.dumps(item).encode()
         digest.update(data + b"\n")
         size += len(data)
-    return stream, [{"file": name, "bytes": size, "sha256": digest.hexdigest()}]
-
-
-def _read_files(paths: Sequence[str], plan: Plan) -> Iterator[Document]:
-    for path in paths:
-        if plan.kind == "chat":
-            yield from sources.read_dialogues(path)
-        else:
-            yield from ((path, text) for text in sources.read_documents(path, plan.documents))
+    return stream, [{"file": "items", "bytes": size, "sha256": digest.hexdigest()}]
 
 
 def _describe_file(path: str) -> dict[str, Any]:
     if path == "python_reference":
         return {"file": path, "version": platform.python_version()}
     place = sources.COUPLETS if path == "couplets" else Path(path)
-    with place.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"file": path, "bytes": place.stat().st_size, "sha256": digest}
+    return {"file": path, "bytes": place.stat().st_size, "sha256": hash_file(place)}
 
 
 def _fingerprint(plan: Plan, tokenizer: Tokenizer, described: list[dict[str, Any]] | None) -> str | None:
@@ -174,10 +147,10 @@ def _fingerprint(plan: Plan, tokenizer: Tokenizer, described: list[dict[str, Any
 
 def _existing(output: Path, fingerprint: str | None, described: list | None) -> dict[str, Any] | None:
     """The manifest of `output` if it is the same preparation, None if there is nothing yet."""
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+    if not os.path.exists(output) or (output.is_dir() and not any(output.iterdir())):
         return None
-    if not (output / "manifest.json").exists():
-        raise InputError(f"{output}: exists and is no prepared dataset; choose another --output")
+    if not os.path.exists(output / "manifest.json"):
+        raise InputError(f"{output}: exists and is no prepared dataset; choose another place")
     manifest = read_manifest(output)
     if fingerprint is None or manifest.get("preparation") != fingerprint:
         if changed := _changed_sources(manifest.get("sources"), described):
@@ -186,7 +159,7 @@ def _existing(output: Path, fingerprint: str | None, described: list | None) -> 
             )
         raise InputError(
             f"{output}: holds another preparation (other sources, tokenizer or settings); "
-            "remove it or choose another --output"
+            "remove it or choose another place"
         )
     return manifest
 
@@ -219,117 +192,135 @@ def _progress_bar(described: list[dict[str, Any]] | None, progress: bool) -> tqd
     )
 
 
-@dataclasses.dataclass
-class _Tokenised:
-    """What one document gave: its examples (ids, length of the prompt), not yet rows."""
-
-    examples: list[tuple[np.ndarray, int]]
-    text_bytes: int
-    dropped: int = 0
-
-
-def _chunks(stream: Iterator[Document]) -> Iterator[list[Document]]:
+def _chunks(stream: Iterator[Item]) -> Iterator[list[Item]]:
     chunk, size = [], 0
     for where, content in stream:
         chunk.append((where, content))
-        messages = [{"content": content}] if isinstance(content, str) else content
-        size += sum(len(message["content"]) for message in messages)
-        if size >= _CHUNK_BYTES:
+        size += _characters(content)
+        if size >= _CHUNK_CHARACTERS:
             yield chunk
             chunk, size = [], 0
     if chunk:
         yield chunk
 
 
-def _tokenise_chunk(plan: Plan, tokenizer: Tokenizer, chunk: list[Document]) -> list[_Tokenised]:
-    tokenise = _tokenise_dialogue if plan.kind == "chat" else _tokenise_text
-    return [tokenise(plan, tokenizer, where, content) for where, content in chunk]
+def _characters(content: Any) -> int:
+    """Of all text in an item."""
+    if isinstance(content, Mapping):
+        return sum(map(_characters, content.values()))
+    if isinstance(content, list | tuple):
+        return sum(map(_characters, content))
+    return len(content) if isinstance(content, str) else 1
 
 
-def _tokenise_text(plan: Plan, tokenizer: Tokenizer, where: str, text: str) -> _Tokenised:
-    ids_N = np.asarray(tokenizer.encode(text), np.int32)
-    return _Tokenised([(ids_N, 0)], len(text.encode()))
+def _encode_chunk(plan: Plan, tokenizer: Tokenizer, encode: Encode, chunk: list[Item]) -> list[Encoded]:
+    return [encode(content, where, tokenizer, plan) for where, content in chunk]
 
 
-def _tokenise_dialogue(plan: Plan, tokenizer: Tokenizer, where: str, messages: list[dict[str, str]]) -> _Tokenised:
-    examples = packing.dialogue_rows(messages, tokenizer)
-    fitting = [example for example in examples if len(example[0]) <= plan.row_length]
-    if len(fitting) < len(examples) and plan.overlong == "error":
-        longest = max(len(ids_N) for ids_N, _ in examples)
-        raise InputError(
-            f"{where}: the dialogue has {longest} tokens, row_length is {plan.row_length}; "
-            "raise --row_length or leave such replies out with --overlong=drop"
-        )
-    answers = [message["content"] for message in messages if message["role"] == "assistant"]
-    text_bytes = sum(
-        len(answer.encode())
-        for answer, (ids_N, _) in zip(answers, examples, strict=True)
-        if len(ids_N) <= plan.row_length
-    )
-    return _Tokenised(fitting, text_bytes, len(examples) - len(fitting))
+def _encoded_in_order(
+    encode: Callable[[list[Item]], list[Encoded]], chunks: Iterator[list[Item]], workers: int
+) -> Generator[list[Encoded]]:
+    """Like map, in `workers` processes, with a bounded number of chunks under way; in this process if they are few.
 
-
-def _map_in_order(function: Callable[[Item], Result], items: Iterator[Item], workers: int) -> Generator[Result]:
-    """Like map, in `workers` processes, with a bounded number of items under way."""
-    head = list(itertools.islice(items, 8))
-    items = itertools.chain(head, items)
-    if workers == 1 or len(head) < 8:  # starting processes would take longer
-        yield from map(function, items)
+    Each process serves one thread here. On any end they are killed: one document may take a minute, and who stops a
+    preparation should not wait for it.
+    """
+    head = list(itertools.islice(chunks, max(_FEW_CHUNKS, workers)))
+    if sum(_characters(content) for chunk in head for _, content in chunk) < _FEW_CHUNKS * _CHUNK_CHARACTERS:
+        yield from map(encode, head)  # starting processes would take longer
         return
-    # Spawned, not forked: the caller may hold threads (JAX, Rust) that do not survive a fork.
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_follow_parent)
-    pending = deque()
+    workers = min(workers, len(head))
+    processes, idle, pending, over = [], queue.SimpleQueue(), deque(), threading.Event()
+    pool = ThreadPoolExecutor(workers)
     try:
-        for item in items:
-            pending.append(pool.submit(function, item))
+        pool.submit(_start, workers, encode, processes, idle, over).result()
+        for chunk in itertools.chain(head, chunks):
+            pending.append(pool.submit(_encode_elsewhere, idle, chunk))
             if len(pending) > 3 * workers:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
-    except BrokenProcessPool as error:
-        message = "a tokenising process died, perhaps for lack of memory; use fewer --workers"
-        raise InputError(message) from error
     finally:
+        over.set()
+        for process in processes:
+            process.kill()
         pool.shutdown(cancel_futures=True)
 
 
-def _follow_parent():
-    """In a worker: Ctrl-C is the parent's affair, and a parent killed outright takes us with it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _start(
+    workers: int, encode: Callable, processes: list[BaseProcess], idle: queue.SimpleQueue, over: threading.Event
+) -> None:
+    """Starts the processes; `idle` gets a connection to each. In a thread, where no signal can interrupt the hand-over.
+
+    They inherit blocked signals: Ctrl-C and SIGTERM to the whole group are the parent's affair, from their beginning.
+    """
+    # Spawned, not forked: the caller may hold threads (JAX, Rust) that do not survive a fork.
+    context = multiprocessing.get_context("spawn")
+    resource_tracker.ensure_running()  # which the first start would do, and unblock the signals
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})  # of this thread
+    for _ in range(workers):
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_work, args=(theirs, encode), daemon=True)
+        process.start()
+        processes.append(process)
+        if over.is_set():  # since the others were killed
+            process.kill()
+        theirs.close()  # so that the end of the process is the end of what comes from it
+        idle.put(ours)
+
+
+def _encode_elsewhere(idle: queue.SimpleQueue, chunk: list[Item]) -> list[Encoded]:
+    connection = idle.get()
+    try:
+        connection.send(chunk)
+        answer = connection.recv()
+    except (EOFError, OSError) as error:
+        message = "a tokenising process died, perhaps for lack of memory; use fewer workers"
+        raise InputError(message) from error
+    finally:
+        idle.put(connection)
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
+
+
+def _work(connection: Connection, encode: Callable[[list[Item]], list[Encoded]]) -> None:
+    """What a process does: it encodes the chunks that come, until no more come or its parent is gone."""
     parent = multiprocessing.parent_process()
     assert parent is not None
-
-    def end_with_parent():
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    with contextlib.suppress(EOFError, BrokenPipeError):
+        while True:
+            chunk = connection.recv()
+            try:
+                answer = encode(chunk)
+            except Exception as error:
+                answer = error
+            connection.send(answer)
 
 
 class _Subset:
-    """One dataset in the making: packs examples into rows, writes and counts them."""
+    """One dataset in the making: makes records of examples, writes and counts them."""
 
     def __init__(self, directory: Path, plan: Plan, tokenizer: Tokenizer):
         self.directory, self._plan, self._tokenizer = directory, plan, tokenizer
-        self.writer = ShardWriter(directory, plan.rows_per_shard)
-        ids = (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
-        self._packer = packing.Packer(plan.row_length, plan.packing, *ids)
-        self._counts = {"documents": 0, "bytes": 0, "dropped": 0}
+        kind = KINDS[plan.kind]
+        self.writer = ShardWriter(directory, kind.fields(plan.row_length, tokenizer.vocab_size), plan.rows_per_shard)
+        self._packer = kind.pack and kind.pack(plan, tokenizer)
+        self._counts = {"documents": 0, "bytes": 0, "scored_tokens": 0, "dropped": 0}
 
-    def add(self, document: _Tokenised):
+    def add(self, encoded: Encoded):
         self._counts["documents"] += 1
-        self._counts["bytes"] += document.text_bytes
-        self._counts["dropped"] += document.dropped
-        for ids_N, prompt_length in document.examples:
-            if self._plan.kind == "chat":
-                row = packing.pad_row(ids_N, self._plan.row_length, self._tokenizer.pad_id)
-                self.writer.write(*row, prompt_length, len(ids_N))
-            else:
-                self._write(self._packer.add(ids_N))
+        self._counts["bytes"] += encoded.bytes
+        self._counts["scored_tokens"] += encoded.scored_tokens
+        self._counts["dropped"] += encoded.dropped
+        for example in encoded.examples:
+            for record in self._packer.add(example) if self._packer else [example]:
+                self.writer.write(record)
 
     def finish(self, shared: dict[str, Any]) -> dict[str, Any]:
-        self._write(self._packer.flush())
+        for record in self._packer.flush() if self._packer else []:
+            self.writer.write(record)
         plan = dataclasses.asdict(self._plan)
         plan["documents_are"] = plan.pop("documents")
         tokenizer = {name: getattr(self._tokenizer, name) for name in _TOKENIZER_FACTS}
@@ -340,16 +331,12 @@ class _Subset:
         (self.directory / "manifest.json").write_text(text, encoding="utf-8")
         return manifest
 
-    def _write(self, packed: Iterable[packing.Row]):
-        for tokens_L, segment_ids_L in packed:
-            self.writer.write(tokens_L, segment_ids_L, 0, int(np.count_nonzero(segment_ids_L)))
-
 
 def _write(
     directory: Path,
     plan: Plan,
     tokenizer: Tokenizer,
-    tokenised: Iterator[list[_Tokenised]],
+    encoded: Iterator[list[Encoded]],
     shared: dict[str, Any],
     bar: tqdm.tqdm,
 ) -> dict[str, Any]:
@@ -362,13 +349,13 @@ def _write(
         for subset in subsets.values():
             stack.callback(subset.writer.close)
         number = 0
-        for chunk in tokenised:
+        for chunk in encoded:
             draws = packing.uniform(_VALIDATION_SEED, 0, np.arange(number, number + len(chunk)))
             for document, draw in zip(chunk, draws, strict=True):
                 held_out = draw < plan.validation_fraction
                 subsets["validation" if held_out else "train"].add(document)
             number += len(chunk)
-            bar.update(sum(document.text_bytes for document in chunk))
+            bar.update(sum(document.bytes for document in chunk))
         if not number:
             raise InputError("the sources hold no text; nothing was written")
         manifests = {}
@@ -376,8 +363,8 @@ def _write(
             manifests[name] = subset.finish(shared | {"subset": name, "subsets": list(places)})
             if not manifests[name]["rows"]:
                 raise InputError(
-                    f"the {name} part of {number} documents has no rows; change "
-                    f"validation_fraction ({plan.validation_fraction}) or make documents smaller "
-                    "(--documents=paragraph)"
+                    f"the {name} part of {number} documents has no rows; change validation_fraction "
+                    f"({plan.validation_fraction}) or row_length ({plan.row_length}), or make documents smaller "
+                    "(documents=paragraph)"
                 )
     return manifests["train"]

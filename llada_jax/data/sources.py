@@ -1,17 +1,17 @@
-"""Where text comes from: files of documents or dialogues, and two sources within the package."""
+"""Reads text from files (.txt, .jsonl, .parquet, also .gz) and from two sources that come with the package."""
 
 import ast
 import csv
 import glob
 import gzip
 import json
+import os
 import sysconfig
 import warnings
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from llada_jax.data.tokenizer import ROLES
 from llada_jax.fields import InputError
 from llada_jax.files import require_file
 
@@ -26,14 +26,15 @@ _LARGEST_DOCUMENT = 2**26  # bytes; one document, or line, is held and tokenised
 def expand_files(patterns: str | Sequence[str]) -> list[str]:
     """Sorted paths that match comma-separated globs (`**` allowed); embedded names are kept.
 
-    Raises InputError for a pattern without a match, a directory and an empty file.
+    Raises InputError for a pattern without a match, for a directory, an empty file, whatever else is no regular file,
+    and a name that is not UTF-8.
     """
     if isinstance(patterns, str):
         patterns = patterns.split(",")
     found = set()
     for pattern in filter(None, (str(pattern).strip() for pattern in patterns)):
         # A name is tried as it stands first: brackets are common in file names.
-        is_name = pattern in EMBEDDED or Path(pattern).exists()
+        is_name = pattern in EMBEDDED or os.path.exists(pattern)  # False for names that no file can have, too
         matches = [pattern] if is_name else glob.glob(pattern, recursive=True)
         files = [match for match in matches if not Path(match).is_dir()]
         if not files:
@@ -44,6 +45,7 @@ def expand_files(patterns: str | Sequence[str]) -> list[str]:
     if not found:
         raise InputError("no files given; name them by comma-separated globs, as in 'corpus/**/*.txt'")
     for path in found.difference(EMBEDDED):
+        check_unicode(path, f"{path!r}, the name of a file")
         require_file(Path(path))
         if Path(path).stat().st_size == 0:
             raise InputError(f"{path}: is empty; remove it or leave it out of the pattern")
@@ -65,46 +67,29 @@ def read_documents(path: str, documents: str = "file") -> Iterator[str]:
     elif kind == "parquet":
         texts = _parquet_texts(path)
     elif kind == "jsonl":
-        texts = (_text_field(value, where) for where, value in _json_lines(path))
+        texts = (_text_field(value, where) for where, value in json_lines(path))
     else:
         texts = {"file": _whole_file, "paragraph": _paragraphs, "line": _lines}[documents](path)
     return (text for text in texts if text.strip())
 
 
-def read_dialogues(path: str) -> Iterator[tuple[str, list[dict[str, str]]]]:
-    """Pairs ("file:line", messages) of a JSONL file of `{"messages": [{"role", "content"}, …]}`.
-
-    A system message may come first; then user and assistant take turns, and the assistant answers
-    at least once. Raises InputError naming the line and the role otherwise.
-    """
+def read_jsonl(path: str, line: str) -> Iterator[tuple[str, object]]:
+    """Pairs ("file:line", value) of a JSONL file; `line`, for the InputError of other files, is an example of one."""
     if _kind(path) != "jsonl":
-        raise InputError(f'{path}: dialogues are read from .jsonl, one {{"messages": […]}} a line')
-    for where, value in _json_lines(path):
-        messages = value.get("messages") if isinstance(value, dict) else None
-        yield where, check_messages(messages, where)
+        raise InputError(f"{path}: is not .jsonl; data of this kind is read from that, one {line} a line")
+    yield from json_lines(path)
 
 
-def check_messages(messages: object, where: str) -> list[dict[str, str]]:
-    """The messages, reduced to role and content; InputError that begins with `where` if wrong."""
-    if not isinstance(messages, list) or not messages:
-        raise InputError(f'{where}: needs "messages", a list of {{"role", "content"}}')
-    expected = ("system", "user")
-    for i, message in enumerate(messages, start=1):
-        role = message.get("role") if isinstance(message, dict) else None
-        if role not in ROLES:
-            raise InputError(f"{where}: message {i} has role {role!r}, must be one of {', '.join(ROLES)}")
-        if role not in expected:
-            wanted = " or ".join(expected)
-            raise InputError(
-                f"{where}: message {i} has role {role!r}, but {wanted} must come there; user and assistant take turns"
-            )
-        if not isinstance(message.get("content"), str):
-            raise InputError(f'{where}: message {i} ({role}) has no text in "content"')
-        _check_unicode(message["content"], where)
-        expected = ("assistant",) if role == "user" else ("user",)
-    if not any(message["role"] == "assistant" for message in messages):
-        raise InputError(f"{where}: no message has role 'assistant'; there is nothing to learn from it")
-    return [{"role": message["role"], "content": message["content"]} for message in messages]
+def check_unicode(text: str, where: str) -> str:
+    """`text`, if it can be written as UTF-8. Raises InputError, which begins with `where`, otherwise."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{where}: character {error.start} is none of Unicode (half of a surrogate pair, or a byte that is not "
+            "UTF-8); repair it"
+        ) from error
+    return text
 
 
 def couplets() -> list[tuple[str, str, str]]:
@@ -128,7 +113,7 @@ def python_reference() -> Iterator[str]:
     library = Path(sysconfig.get_paths()["stdlib"])
     topics = library / "pydoc_data" / "topics.py"
     if not topics.exists():
-        raise InputError(f"{topics}: this Python was installed without its documentation; give --files of text")
+        raise InputError(f"{topics}: this Python was installed without its documentation; give files of text")
     for node in ast.walk(ast.parse(topics.read_bytes())):
         if isinstance(node, ast.Dict):
             yield from (ast.literal_eval(value) for value in node.values)
@@ -186,7 +171,7 @@ def _paragraphs(path: str) -> Iterator[str]:
         if line.strip():
             paragraph.append(line)
             size += len(line) + 1
-            _require_size(size, where, "a paragraph", "use --documents=line")
+            _require_size(size, where, "a paragraph", "use documents=line")
         elif paragraph:
             yield "\n".join(paragraph)
             paragraph, size = [], 0
@@ -199,7 +184,7 @@ def _whole_file(path: str) -> Iterator[str]:
     for _, line in _numbered_lines(path):
         lines.append(line)
         size += len(line) + 1
-        _require_size(size, path, "one document", "use --documents=paragraph or --documents=line")
+        _require_size(size, path, "one document", "use documents=paragraph or documents=line")
     yield "\n".join(lines)
 
 
@@ -225,9 +210,11 @@ def _numbered_lines(path: str) -> Iterator[tuple[str, str]]:
         ) from error
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise InputError(f"{path}:{number + 1}: broken gzip data ({error}); copy the file again") from error
+    except OSError as error:
+        raise InputError(f"{path}:{number + 1}: cannot be read ({error.strerror})") from error
 
 
-def _json_lines(path: str) -> Iterator[tuple[str, object]]:
+def json_lines(path: str) -> Iterator[tuple[str, object]]:
     for where, line in _numbered_lines(path):
         if not line.strip():
             continue
@@ -243,15 +230,7 @@ def _text_field(value: object, where: str) -> str:
     if not isinstance(text, str):
         found = f"an object with keys {sorted(value)[:8]}" if isinstance(value, dict) else f"a {type(value).__name__}"
         raise InputError(f'{where}: needs {{"text": "…"}}, found {found}')
-    return _check_unicode(text, where)
-
-
-def _check_unicode(text: str, where: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(f"{where}: half of a surrogate pair at character {error.start}; repair the escape") from error
-    return text
+    return check_unicode(text, where)
 
 
 def _parquet_texts(path: str) -> Iterator[str]:

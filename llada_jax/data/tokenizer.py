@@ -1,14 +1,14 @@
-"""One tokenizer over a SentencePiece `.model` or a Hugging Face `tokenizer.json`; its training."""
+"""One tokenizer over a SentencePiece `.model` or a Hugging Face `tokenizer.json`."""
 
+import base64
 import contextlib
 import functools
 import hashlib
-import io
 import itertools
+import json
 import os
-import random
+import re
 import shutil
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,10 @@ from typing import Any
 import sentencepiece
 import tokenizers
 
-from llada_jax.data import chat_template, template_process
+from llada_jax.data import chat_template
+from llada_jax.data.sources import check_unicode
 from llada_jax.fields import InputError
-from llada_jax.files import LARGEST_JSON, read_json, read_text, require_file
+from llada_jax.files import LARGEST_JSON, read_bytes, read_json, read_text
 
 BOS = "<|startoftext|>"
 EOS = "<|endoftext|>"  # also the padding
@@ -41,18 +42,18 @@ Messages = Sequence[Mapping[str, str]]
 ROLES = ("system", "user", "assistant")
 
 _META = "▁"  # SentencePiece writes a space as U+2581, so that character itself needs care
-_TRAINING_BYTES = 2**28  # a uniform sample of lines of this size is enough for any vocabulary
-_LINE_CHARACTERS = 4000
-_MODEL_TYPES = ("bpe", "unigram", "char")
+_LARGEST_VOCABULARY = 2**24  # ids; the embedding of a model has a row for each
+_LARGEST_GROWTH = 64  # of a text by normalisation, which in Unicode is at most eleven times
+_ALWAYS_ALLOWED = 2**27  # bytes of a normalised text, however much it grew
 
 
 class Tokenizer:
     """Text to ids and back, with the ids of LLaDA's special tokens; made by `load_tokenizer`."""
 
-    def __init__(self, model: "_SentencePiece | _TokenizerJson", path: Path):
+    def __init__(self, model: "_SentencePiece | _TokenizerJson", path: Path, fingerprint: str):
         self._model = model
         self.path = path  # of the tokenizer file
-        self.fingerprint: str = hashlib.sha256(path.read_bytes()).hexdigest()
+        self.fingerprint = fingerprint  # its SHA-256
         self.vocab_size: int = model.vocab_size
         self.bos_id: int = model.bos_id
         self.eos_id: int = model.eos_id
@@ -67,7 +68,7 @@ class Tokenizer:
         return _load_once, (self.path, self.mask_id, self.eot_id)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the text alone; nothing is added at either end."""
+        """Ids of the text alone; nothing is added at either end. Raises InputError if it is not Unicode."""
         return self._model.encode(text)
 
     def decode(self, ids: Iterable[int], keep_special: bool = False) -> str:
@@ -81,6 +82,8 @@ class Tokenizer:
 
     def encode_chat(self, messages: Messages) -> list[int]:
         """Ids of a prompt: BOS, every message under its header, and the header of the reply."""
+        for message in messages:
+            check_unicode(message["role"] + message["content"], "a message")
         return self._model.encode_chat(messages)
 
     def encode_answer(self, content: str) -> list[int]:
@@ -110,8 +113,11 @@ def load_tokenizer(path: str | os.PathLike, *, mask_id: int | None = None, eot_i
     file = _find_tokenizer(Path(path))
     given = {"mask_id": mask_id, "eot_id": eot_id}
     try:
-        kind = _TokenizerJson if file.suffix == ".json" else _SentencePiece
-        return Tokenizer(kind(file, given), file)
+        data = read_bytes(file, LARGEST_JSON)
+        model = (_TokenizerJson if file.suffix == ".json" else _SentencePiece)(file, data, given)
+        if model.vocab_size > _LARGEST_VOCABULARY:
+            raise InputError(f"{file}: has the id {model.vocab_size - 1}, none may exceed {_LARGEST_VOCABULARY - 1}")
+        return Tokenizer(model, file, hashlib.sha256(data).hexdigest())
     except (InputError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # the libraries raise bare Exception or RuntimeError, and Rust a panic of its own
@@ -124,67 +130,11 @@ def _load_once(path: Path, mask_id: int, eot_id: int) -> Tokenizer:
     return load_tokenizer(path, mask_id=mask_id, eot_id=eot_id)
 
 
-def train_tokenizer(
-    texts: Iterable[str], path: str | os.PathLike, vocab_size: int, model_type: str = "bpe"
-) -> Tokenizer:
-    """Trains a SentencePiece model of at most `vocab_size` ids and writes it to `path` (`….model`).
-
-    Ids 0–6 are unknown, BOS, EOS, mask, the two headers and EOT; every text can be encoded and
-    comes back unchanged (bytes stand for unseen characters). Deterministic. The vocabulary is
-    smaller than asked if the text does not hold that many pieces.
-    """
-    path = Path(path)
-    if model_type not in _MODEL_TYPES:
-        raise InputError(f"model_type is {model_type!r}, must be one of {', '.join(_MODEL_TYPES)}")
-    if path.suffix != ".model":
-        raise InputError(f"{path}: the name of a SentencePiece tokenizer must end in .model")
-    fixed = 8 + len(ROLES) + 256  # special tokens and the line end; roles; bytes
-    if vocab_size <= fixed:
-        raise InputError(f"vocab_size is {vocab_size}, must exceed {fixed}: special tokens and bytes take those")
-    lines = _sample_lines(texts)
-    if not lines:
-        raise InputError(f"{path}: no text to train a tokenizer on; give files that hold text")
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(  # pyright: ignore[reportAttributeAccessIssue]
-        sentence_iterator=iter(_cut_at_rare_characters(lines, vocab_size - fixed, model_type)),
-        model_writer=model,
-        model_type=model_type,
-        vocab_size=vocab_size,
-        hard_vocab_limit=False,
-        character_coverage=1.0,
-        byte_fallback=True,
-        unk_id=0,
-        bos_id=1,
-        eos_id=2,
-        pad_id=-1,  # the padding is EOS
-        bos_piece=BOS,
-        eos_piece=EOS,
-        control_symbols=[MASK, START_HEADER, END_HEADER, EOT],
-        # Lines are cut at "\n", so it would never be learned; the roles stand in every chat row.
-        user_defined_symbols=["\n", *ROLES],
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        add_dummy_prefix=False,
-        allow_whitespace_only_pieces=True,
-        max_sentence_length=4 * _LINE_CHARACTERS,  # bytes
-        num_threads=16,  # fixed: sums of the unigram model depend on it
-        minloglevel=3,
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        partial.write_bytes(model.getvalue())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return load_tokenizer(path)
-
-
 class _SentencePiece:
     """A SentencePiece model whose special tokens are control symbols, which no text can spell."""
 
-    def __init__(self, path: Path, given: Mapping[str, int | None]):
-        self._sp = sentencepiece.SentencePieceProcessor(model_file=str(path))  # pyright: ignore
+    def __init__(self, path: Path, data: bytes, given: Mapping[str, int | None]):
+        self._path, self._sp = path, sentencepiece.SentencePieceProcessor(model_proto=data)  # pyright: ignore
         self.vocab_size = self._sp.vocab_size()
         self._special = {i: self._sp.id_to_piece(i) for i in range(self.vocab_size) if self._sp.is_control(i)}
         ids = {token: i for i, token in self._special.items()}
@@ -196,19 +146,26 @@ class _SentencePiece:
         self.mask_id = ids[MASK] if given["mask_id"] is None else given["mask_id"]
         self.eot_id = ids[EOT] if given["eot_id"] is None else given["eot_id"]
         self._start_header, self._end_header = ids[START_HEADER], ids[END_HEADER]
-        self._meta_ids = [self._sp.piece_to_id(f"<0x{byte:02X}>") for byte in _META.encode()]
+        # As a piece, U+2581 would come back as a space; as three bytes it does not. A vocabulary without that piece (no
+        # text of its training held a space) has these bytes for a space, too, unless that is written as a byte here.
+        by_bytes = _META if self._is_text(self._sp.piece_to_id(_META)) else f"{_META} "
+        self._ids_of_bytes = {c: [self._sp.piece_to_id(f"<0x{byte:02X}>") for byte in c.encode()] for c in by_bytes}
+        self._by_bytes = re.compile(f"([{by_bytes}])")
+        # Of a ModelProto: its normaliser and its denormaliser, each with a table of replacements.
+        self._normalizer, self._denormalizer = (
+            [_table(table) for spec in _messages(data, number) for table in _messages(spec, 2)] for number in (3, 5)
+        )
+        self._longest = max(_bytes(self._sp.id_to_piece(i)) for i in range(self.vocab_size))
         self.chat_template = LLADA_CHAT_TEMPLATE
 
     def encode(self, text: str) -> list[int]:
-        if _META not in text:
-            return self._sp.encode(text)
-        ids = []  # as a piece, U+2581 would come back as a space; as three bytes it does not
-        for i, part in enumerate(text.split(_META)):
-            ids += (self._meta_ids if i else []) + self._sp.encode(part)
-        return ids
+        _require_bounded(self._path, self._normalizer, _bytes(text))
+        parts = self._by_bytes.split(text)
+        return [id for part in parts for id in self._ids_of_bytes.get(part) or self._sp.encode(part)]
 
     def decode(self, ids: list[int], keep_special: bool) -> str:
         parts = []
+        _require_bounded(self._path, self._denormalizer, len(ids), self._longest)
         for is_text, group in itertools.groupby(ids, self._is_text):
             if is_text:
                 parts.append(self._sp.decode(list(group)))
@@ -245,15 +202,17 @@ class _SentencePiece:
 class _TokenizerJson:
     """A Hugging Face `tokenizer.json` with the settings that lie beside it; followed as it is."""
 
-    def __init__(self, path: Path, given: Mapping[str, int | None]):
-        self._hf = tokenizers.Tokenizer.from_file(str(path))
+    def __init__(self, path: Path, data: bytes, given: Mapping[str, int | None]):
+        self._hf = tokenizers.Tokenizer.from_str(data.decode())
         self._hf.no_padding()
         self._hf.no_truncation()
         settings: dict[str, Any] = {}
         for name in ("special_tokens_map.json", "tokenizer_config.json"):
             if (path.parent / name).exists():
                 settings |= read_json(path.parent / name)
-        self.vocab_size = max(self._hf.get_vocab(with_added_tokens=True).values()) + 1
+        vocabulary = self._hf.get_vocab(with_added_tokens=True)
+        self.vocab_size, self._longest = max(vocabulary.values()) + 1, max(map(_bytes, vocabulary))
+        self._normalizer, self._decoder = _steps(self._hf.normalizer), _steps(self._hf.decoder)
         self._names = {
             "bos_token": _token_text(settings.get("bos_token")) or BOS,
             "eos_token": _token_text(settings.get("eos_token")) or EOS,
@@ -282,14 +241,17 @@ class _TokenizerJson:
         self.chat_template = _chat_template(path.parent, settings) or LLADA_CHAT_TEMPLATE
         if not isinstance(self.chat_template, str):
             raise InputError(f"{path.parent}: its chat_template is no text; copy it again")
-        self._ours = template_process.environment().from_string(LLADA_CHAT_TEMPLATE)
+        self._ours = chat_template.environment().from_string(LLADA_CHAT_TEMPLATE)
 
     def encode(self, text: str) -> list[int]:
-        with _told(self._path):
+        _require_bounded(self._path, self._normalizer, _bytes(text))
+        with _named_errors(self._path):
             return self._hf.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: list[int], keep_special: bool) -> str:
-        with _told(self._path):
+        ids = [id for id in ids if 0 <= id < self.vocab_size]  # others have no text
+        _require_bounded(self._path, self._decoder, len(ids), self._longest)
+        with _named_errors(self._path):
             return self._hf.decode(ids, skip_special_tokens=not keep_special)
 
     def piece(self, id: int) -> str:
@@ -308,8 +270,8 @@ class _TokenizerJson:
 
 
 @contextlib.contextmanager
-def _told(path: Path) -> Iterator[None]:
-    """Names the file where the Rust library gives up: it raises bare Exceptions, and panics, which are none."""
+def _named_errors(path: Path) -> Iterator[None]:
+    """Turns what the Rust library raises, bare Exceptions and panics, into an InputError that names the file."""
     try:
         yield
     except BaseException as error:
@@ -317,6 +279,82 @@ def _told(path: Path) -> Iterator[None]:
             raise
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{path}: the tokenizer fails on this text ({reason}); make or copy it again") from error
+
+
+def _require_bounded(path: Path, steps: Sequence[Mapping[str, Any]], size: int, each: int = 1) -> None:
+    """Raises InputError if the steps of a normaliser or decoder might take all memory for so many bytes or ids.
+
+    They follow one another: three replacements of a letter by a few hundred characters each make gigabytes.
+    each: bytes of an id.
+    """
+    grown = size * each
+    for step in steps:
+        grown = min(_grown(step, grown), 2**62)
+    if grown > max(_ALWAYS_ALLOWED, _LARGEST_GROWTH * size):
+        raise InputError(
+            f"{path}: what it replaces may make {grown:.1e} bytes of {size}; make or copy it again, or use smaller "
+            "documents"
+        )
+
+
+def _bytes(text: str) -> int:
+    return len(check_unicode(text, "the text").encode())
+
+
+def _steps(part: Any) -> list[dict[str, Any]]:
+    """The steps of a normalizer or decoder of `tokenizers`, None for none; pickling shows what is in it."""
+    steps, parts = [], [] if part is None else [json.loads(part.__getstate__())]
+    while parts:
+        step = parts.pop(0)
+        parts[:0] = step.get("normalizers") or step.get("decoders") or []  # of a Sequence
+        is_table = step["type"] == "Precompiled"
+        steps.append(_table(base64.b64decode(step["precompiled_charsmap"])) if is_table else step)
+    return steps
+
+
+def _table(table: bytes) -> dict[str, Any]:
+    """A table of SentencePiece as a step: the size of a trie, the trie, and the replacements, each ended by a NUL."""
+    trie = int.from_bytes(table[:4], "little")
+    return {"type": "Table", "longest": max(map(len, table[4 + trie :].split(b"\0")))}
+
+
+def _grown(step: Mapping[str, Any], size: int) -> int:
+    """How many bytes, at most, a step makes of so many. That Unicode's own forms may be longer does not count."""
+    if step["type"] == "Prepend":
+        return size + len(step["prepend"].encode())
+    if step["type"] == "Replace":
+        content, literal = len(step["content"].encode()), len(step["pattern"].get("String", "").encode())
+        # A regular expression, and an empty text, may match between any two characters.
+        return max(size, -(-size * content // literal)) if literal else size + (size + 1) * content
+    if step["type"] == "Table":
+        return size * max(1, step["longest"] // 3)  # by Unicode's rules, what becomes longer has at least three bytes
+    return size
+
+
+def _messages(message: bytes, wanted: int) -> Iterator[bytes]:
+    """The fields of that number of a protocol buffer, which are messages or bytes."""
+    at = 0
+    while at < len(message):
+        key, at = _varint(message, at)
+        if key & 7 == 2:
+            size, at = _varint(message, at)
+            if key >> 3 == wanted:
+                yield message[at : at + size]
+            at += size
+        elif key & 7 == 0:
+            _, at = _varint(message, at)
+        else:
+            at += 8 if key & 7 == 1 else 4
+
+
+def _varint(message: bytes, at: int) -> tuple[int, int]:
+    """A number of seven bits a byte, and where it ends."""
+    number = shift = 0
+    while True:
+        number |= (message[at] & 127) << shift
+        shift, at = shift + 7, at + 1
+        if message[at - 1] < 128:
+            return number, at
 
 
 def _find_tokenizer(path: Path) -> Path:
@@ -333,7 +371,6 @@ def _find_tokenizer(path: Path) -> Path:
         raise InputError(f"{path}: holds {found}; name the tokenizer file")
     if path.suffix not in (".model", ".json"):
         raise InputError(f"{path}: a tokenizer is a .model (SentencePiece) or tokenizer.json file")
-    require_file(path, LARGEST_JSON)
     return path
 
 
@@ -348,39 +385,3 @@ def _chat_template(directory: Path, settings: Mapping[str, Any]) -> str | None:
     if isinstance(template, list):  # several named templates
         template = {entry["name"]: entry["template"] for entry in template}.get("default")
     return template
-
-
-def _sample_lines(texts: Iterable[str]) -> list[str]:
-    """Non-blank lines of the texts, a uniform sample (reservoir, fixed seed) if they are many."""
-    lines: list[str] = []
-    kept_bytes, seen, draw = 0, 0, random.Random(0)
-    for text in texts:
-        for line in text.split("\n"):
-            for start in range(0, len(line), _LINE_CHARACTERS):
-                part = line[start : start + _LINE_CHARACTERS].replace("\0", "")  # refused in training
-                if not part.strip():
-                    continue
-                seen += 1
-                if kept_bytes < _TRAINING_BYTES:
-                    lines.append(part)
-                    kept_bytes += len(part.encode())
-                elif (slot := draw.randrange(seen)) < len(lines):
-                    lines[slot] = part
-    return lines
-
-
-def _cut_at_rare_characters(lines: list[str], room: int, model_type: str) -> list[str]:
-    """The lines with the characters that find no room in the vocabulary replaced by line ends.
-
-    SentencePiece refuses a `character_coverage` below 0.98 and a vocabulary smaller than its
-    characters; what is cut out here is encoded as bytes.
-    """
-    counts: Counter[str] = Counter()
-    for line in lines:
-        counts.update(line)
-    limit = room - 1 if model_type == "char" else room // 2  # leave half to longer pieces
-    if len(counts) <= limit:
-        return lines
-    ranked = sorted(counts, key=lambda character: (-counts[character], character))
-    rare = str.maketrans(dict.fromkeys(ranked[limit:], "\n"))
-    return [line.translate(rare) for line in lines]

@@ -4,27 +4,23 @@ import collections
 import contextlib
 import dataclasses
 import itertools
-import json
-import math
+import os
 import re
 import shutil
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 from jax.experimental import multihost_utils
-from orbax.checkpoint import v1 as ocp
 
-from llada_jax.data.shards import atomic_directory
 from llada_jax.fields import InputError
-from llada_jax.files import parse_json, read_json
-from llada_jax.interop import hf_config, tensor_names, workdir
+from llada_jax.files import atomic_directory, parse_json, read_json
+from llada_jax.interop import hf_config, parameters, tensor_names, workdir
 from llada_jax.interop import safetensors_io as files
+from llada_jax.interop.parameters import Progress
 from llada_jax.model.config import ModelConfig, model_config
 from llada_jax.model.transformer import Transformer
 from llada_jax.parallel import processes
@@ -37,16 +33,15 @@ COMPANIONS = (
 
 _BYTES = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
-Progress = Callable[[int], object]  # is told the bytes of each tensor that is done, such as tqdm.update
-
 
 def load(path: str | Path, dtype=None, mesh=None, *, progress: Progress = lambda _: None) -> Transformer:
     """The model in a directory: a published checkpoint (config.json, .safetensors) or a workdir of a run.
 
-    dtype: "float32" or "bfloat16", of parameters and of compute; None: parameters as stored, compute as the run did,
-    or for a published checkpoint in bfloat16 if all of them are, else in float32. mesh: an explicit mesh over which the
-    parameters are born sharded, each process reading its own part. progress: is told bytes of the published files as
-    they are read. Raises InputError for a file that is broken, a tensor that is missing or too many, a shape that
+    Of a workdir, the newest checkpoint that is as its checksums say; published checkpoints have none. dtype: "float32"
+    or "bfloat16", of parameters and of compute; None: parameters as stored, compute as the run did, or for a published
+    checkpoint in bfloat16 if all of them are, else in float32. mesh: an explicit mesh over which the parameters are
+    born sharded, each process reading its own part. progress: called with the bytes of each piece of the published
+    files that was read. Raises InputError for a file that is broken, a tensor that is missing or too many, a shape that
     contradicts config.json, and every option of config.json that this model cannot compute.
     """
     directory = Path(path)
@@ -56,12 +51,12 @@ def load(path: str | Path, dtype=None, mesh=None, *, progress: Progress = lambda
         return _load_workdir(directory, dtype, mesh)
     stored = files.read_directory(directory)
     config = load_config(directory, dtype or _compute_dtype(stored, directory))
-    parts = _assign(stored, config, directory)
+    parts = parameters.assign(stored, config, directory)
     like = workdir.abstract_model(config, mesh)
     leaves = []
     for name, leaf in workdir.named_leaves(like):
         kind = dtype or jnp.result_type(*(files.DTYPES[part.dtype] for part in parts[name]))
-        leaves.append(_parameter(leaf, np.dtype(kind), parts[name], name.startswith("blocks."), progress))
+        leaves.append(parameters.parameter(leaf, np.dtype(kind), parts[name], name.startswith("blocks."), progress))
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 
@@ -71,13 +66,19 @@ def load_config(path: str | Path, dtype: str = "float32") -> ModelConfig:
     if _is_workdir(raw := _read_json(directory)):
         return dataclasses.replace(model_config(raw["model"]), dtype=dtype)
     text, where = hf_config.read_config_text(directory), str(directory / "config.json")
-    return hf_config.read_config(text, where, dtype, _token_ids(directory))
+    return hf_config.read_config(text, where, dtype, _token_ids(directory / "tokenizer.json"))
+
+
+def with_dtype(model: Transformer, dtype: str) -> Transformer:
+    """The same parameters, unchanged, computing in `dtype`."""
+    like = workdir.abstract_model(dataclasses.replace(model.config, dtype=dtype), None)
+    return jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(model))
 
 
 def tokenizer_directory(path: str | Path) -> Path:
     """Where the tokenizer lies: beside a published checkpoint, in tokenizer/ of a workdir."""
     inner = Path(path) / "tokenizer"
-    return inner if inner.is_dir() else Path(path)
+    return inner if os.path.isdir(inner) else Path(path)
 
 
 def save_hf(
@@ -109,14 +110,14 @@ def save_workdir(model: Transformer, path: str | Path, *, source_dir: str | Path
     """
     if jax.process_count() > 1:
         raise InputError("a workdir is written by one process; convert the checkpoint on one host")
-    with new_directory(Path(path)) as temporary:
+    with new_directory(workdir.require_utf8(Path(path))) as temporary:
         write_workdir(model, temporary, source_dir)
 
 
 def write_hf(
     model: Transformer, directory: Path, max_shard_size: str | int, source_dir: str | Path | None, progress: Progress
 ) -> None:
-    """`save_hf` into a directory that is there, by one process."""
+    """`save_hf` into a directory that exists, by one process."""
     _write(directory, _plan(model, max_shard_size), source_dir, progress)
 
 
@@ -124,7 +125,8 @@ class _Plan(NamedTuple):
     """What a published checkpoint will hold."""
 
     config_text: str
-    shards: dict[str, list]  # file: (name, dtype, shape) of each tensor
+    shards: dict[str, list[files.Layout]]  # file: its tensors
+    index_text: str
     arrays: Iterator[np.ndarray]  # in that order
 
 
@@ -134,9 +136,9 @@ def _plan(model: Transformer, max_shard_size: str | int) -> _Plan:
     tensors = {t.name: t for t in tensor_names.tensors(config)}
     file_dtype = {dtype: name for name, dtype in files.DTYPES.items()}
     layout = [(t.name, file_dtype[leaves[t.parameter].dtype], t.shape) for t in tensors.values()]
-    shards = _shards(layout, _size(max_shard_size))
+    shards, index = files.shards(layout, _size(max_shard_size))
     order = [tensors[name] for shard in shards.values() for name, _, _ in shard]
-    return _Plan(text, shards, (_whole(leaves[tensor.parameter], tensor.layer) for tensor in order))
+    return _Plan(text, shards, index, (_whole(leaves[tensor.parameter], tensor.layer) for tensor in order))
 
 
 def _write(directory: Path, plan: _Plan, source_dir: str | Path | None, progress: Progress) -> None:
@@ -150,43 +152,21 @@ def _write(directory: Path, plan: _Plan, source_dir: str | Path | None, progress
     for file, shard in plan.shards.items():
         files.write_file(directory / file, shard, reported(itertools.islice(plan.arrays, len(shard))))
     if len(plan.shards) > 1:
-        (directory / files.INDEX).write_text(_index(plan.shards))
+        (directory / files.INDEX).write_text(plan.index_text)
     (directory / "config.json").write_bytes(plan.config_text.encode())
 
 
 def write_workdir(model: Transformer, directory: Path, source_dir: str | Path | None) -> None:
-    """`save_workdir` into a directory that is there."""
+    """`save_workdir` into a directory that exists."""
     if source_dir is not None:
         copy_companions(source_dir, directory / "tokenizer")
-    leaves = dict(workdir.named_leaves(model))
-    with (
-        _gone_on_failure(directory / "checkpoints") as place,
-        ocp.training.Checkpointer(epath.Path(place).resolve()) as orbax,
-        workdir.frugal(leaves.values(), ocdbt=False),
-    ):
-        orbax.save_checkpointables(0, {"model": leaves})
-    config = {"model": dataclasses.asdict(model.config)}
-    (directory / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True, ensure_ascii=False))
-
-
-@contextlib.contextmanager
-def _gone_on_failure(directory: Path) -> Iterator[Path]:
-    """Removes the directory until it stays away for a second: when a write has failed, others are still under way."""
-    try:
-        yield directory
-    except BaseException:
-        quiet = 0
-        while quiet < 10:
-            quiet = 0 if directory.exists() else quiet + 1
-            shutil.rmtree(directory, ignore_errors=True)
-            time.sleep(0.1)
-        raise
+    workdir.save_model(model, directory)
 
 
 def copy_companions(source: str | Path, directory: Path) -> None:
     """Copies the files of COMPANIONS from beside a published checkpoint, or from the tokenizer/ of a workdir."""
     beside = tokenizer_directory(source)
-    if not beside.is_dir():
+    if not os.path.isdir(beside):
         raise InputError(f"source_dir {source}: no such directory")
     for file in sorted({file for pattern in COMPANIONS for file in beside.glob(pattern) if file.is_file()}):
         directory.mkdir(exist_ok=True)
@@ -200,6 +180,8 @@ def new_directory(path: Path) -> Iterator[Path]:
         taken = path.exists() and not (path.is_dir() and not any(path.iterdir()))
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
+    if "\0" in str(path):
+        raise InputError(f"{str(path)!r}: cannot be written (it has a NUL); choose another place")
     if taken:
         raise InputError(f"{path}: exists and is not an empty directory; choose another place")
     with atomic_directory(path.absolute()) as temporary:
@@ -217,10 +199,7 @@ def _is_workdir(config: dict) -> bool:
 def _load_workdir(directory: Path, dtype: str | None, mesh) -> Transformer:
     """The newest checkpoint of a run: parameters as stored and the run's compute dtype, or both as given."""
     model = workdir.load_model(directory, mesh, dtype)
-    if dtype is None:
-        return model
-    like = workdir.abstract_model(dataclasses.replace(model.config, dtype=dtype), mesh)
-    return jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(model))
+    return model if dtype is None else with_dtype(model, dtype)
 
 
 def _compute_dtype(stored: dict[str, files.Stored], directory: Path) -> str:
@@ -228,72 +207,6 @@ def _compute_dtype(stored: dict[str, files.Stored], directory: Path) -> str:
     if "F16" in kinds:
         raise InputError(f"{directory}: its tensors are float16, which is not computed in; load with dtype float32")
     return "bfloat16" if kinds == {"BF16"} else "float32"
-
-
-def _assign(stored: dict[str, files.Stored], c: ModelConfig, directory: Path) -> dict[str, list[files.Stored]]:
-    """The tensors of each parameter in the order of the layers; every one is used once, or it is an InputError."""
-    parts: dict[str, list[files.Stored]] = {}
-    missing: list[str] = []
-    for tensor in tensor_names.tensors(c):
-        found = stored.get(tensor.name)
-        if found is None:
-            missing.append(tensor.name)
-            if len(missing) > 5:  # config.json may promise any number of layers
-                break
-        elif found.shape != tensor.shape:
-            raise InputError(
-                f"{found.path}: tensor {tensor.name} has shape {found.shape}, config.json makes it {tensor.shape}"
-            )
-        else:
-            parts.setdefault(tensor.parameter, []).append(found)
-    if missing:
-        raise InputError(f"{directory}: lacks {files.some(missing)}, which config.json calls for")
-    head = tensor_names.head_name(c)
-    if c.weight_tying and head in stored:
-        _require_tied(stored[head], parts["wte"][0], head)
-    used = {tensor.name for tensor in tensor_names.tensors(c)} | ({head} if c.weight_tying else set())
-    if extra := sorted(set(stored) - used):
-        raise InputError(f"{directory}: holds {files.some(extra)}, which config.json has no place for")
-    return parts
-
-
-def _require_tied(head: files.Stored, embedding: files.Stored, name: str) -> None:
-    """A tied head may be stored a second time, but then with the same numbers; compared by the row."""
-    same = head.shape == embedding.shape and head.dtype == embedding.dtype
-    if not same or not all(a.tobytes() == b.tobytes() for a, b in zip(head.map(), embedding.map(), strict=True)):
-        raise InputError(f"{head.path}: {name} differs from the embedding, but config.json ties them")
-
-
-def _parameter(leaf, dtype, parts: Sequence[files.Stored], stacked: bool, progress: Progress) -> jax.Array:
-    """One parameter sharded like `leaf`; of each tensor only the slices that this process holds are read."""
-    cache: dict[tuple, np.ndarray] = {}  # devices that hold copies share what was read
-
-    def read(index: tuple[slice, ...] | None) -> np.ndarray:
-        assert index is not None
-        ranges = tuple(s.indices(n)[:2] for s, n in zip(index, leaf.shape, strict=True))
-        if ranges not in cache:
-            out = cache[ranges] = _aligned([stop - start for start, stop in ranges], dtype)
-            layers, rest = (parts[index[0]], index[1:]) if stacked else (parts, index)
-            for target, part in zip(out if stacked else [out], layers, strict=True):
-                whole = target.size == math.prod(part.shape)
-                if whole and dtype == files.DTYPES[part.dtype]:
-                    part.read_into(target)
-                    progress(part.nbytes)
-                else:
-                    source = part.map().reshape(leaf.shape[1:] if stacked else leaf.shape)[rest]
-                    target[...] = source
-                    progress(source.nbytes)
-        return cache[ranges]
-
-    return jax.block_until_ready(jax.make_array_from_callback(leaf.shape, leaf.sharding, read, dtype=dtype))
-
-
-def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
-    """Uninitialised memory that XLA on CPU takes over as it is; of other memory it keeps a copy beside the original."""
-    nbytes = math.prod(shape) * dtype.itemsize
-    memory = np.empty(nbytes + 64, np.uint8)
-    start = -memory.ctypes.data % 64
-    return memory[start : start + nbytes].view(dtype).reshape(shape)
 
 
 @jax.jit
@@ -309,38 +222,18 @@ def _whole(x: jax.Array, layer: int | None) -> np.ndarray:
     return np.asarray(part)
 
 
-def _shards(layout, most_bytes: int) -> dict[str, list]:
-    """File names and what each holds, filled in order, as transformers fills them."""
-    groups, room = [[]], most_bytes
-    for tensor in layout:
-        nbytes = math.prod(tensor[2]) * files.DTYPES[tensor[1]].itemsize
-        if nbytes > room and groups[-1]:
-            groups.append([])
-            room = most_bytes
-        groups[-1].append(tensor)
-        room -= nbytes
-    one, n = len(groups) == 1, len(groups)
-    file = lambda i: "model.safetensors" if one else f"model-{i + 1:05d}-of-{n:05d}.safetensors"
-    return {file(i): files.file_order(group) for i, group in enumerate(groups)}
-
-
-def _index(shards: dict[str, list]) -> str:
-    sizes = [math.prod(shape) * files.DTYPES[dtype].itemsize for shard in shards.values() for _, dtype, shape in shard]
-    weight_map = {name: file for file, shard in shards.items() for name, _, _ in shard}
-    index = {"metadata": {"total_size": sum(sizes)}, "weight_map": dict(sorted(weight_map.items()))}
-    return json.dumps(index, indent=2) + "\n"
-
-
-def _token_ids(directory: Path) -> dict[str, int]:
-    """The special tokens that tokenizer.json adds, by their text; none where there is no such file."""
-    path = directory / "tokenizer.json"
-    if not path.is_file():
+def _token_ids(path: Path) -> dict[str, int]:
+    """The tokens that a tokenizer.json adds, {text: id}; none where there is no such file."""
+    if not os.path.lexists(path):
         return {}
-    tokenizer = read_json(path)
-    try:
-        return {token["content"]: token["id"] for token in tokenizer.get("added_tokens") or []}
-    except (TypeError, KeyError) as error:
-        raise InputError(f"{path}: added_tokens is not a list of tokens; copy it again") from error
+    added = read_json(path).get("added_tokens") or []
+    if not isinstance(added, list) or not all(isinstance(token, dict) for token in added):
+        raise InputError(f"{path}: added_tokens is not a list of tokens; copy it again")
+    for token in added:
+        text, id = token.get("content"), token.get("id")
+        if not isinstance(text, str) or type(id) is not int or not 0 <= id < 2**31:
+            raise InputError(f"{path}: added_tokens gives {str(text)[:40]!r} the id {str(id)[:40]}; copy it again")
+    return {token["content"]: token["id"] for token in added}
 
 
 def _size(text: str | int) -> int:

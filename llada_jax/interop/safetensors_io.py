@@ -1,62 +1,71 @@
-"""safetensors files, streamed: headers that are checked before anything is believed, tensors mapped one at a time.
+"""Directories of safetensors files: checked before anything is read, read by the slice, written by the tensor.
 
-A file is an 8-byte little-endian length, a JSON header of that length, and the tensors' bytes without gaps
-(https://github.com/huggingface/safetensors, "Format").
+The safetensors library reads the headers and the slices. Writing is done here.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
 import os
 import re
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from huggingface_hub import split_state_dict_into_shards_factory
+from safetensors import SafetensorError, safe_open
 
 from llada_jax.fields import InputError
-from llada_jax.files import read_text
+from llada_jax.files import read_text, require_file
 
 DTYPES = {"F32": np.dtype(np.float32), "BF16": jnp.dtype(jnp.bfloat16), "F16": np.dtype(np.float16)}
 INDEX = "model.safetensors.index.json"
-_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
-_READ_BYTES = 2**24  # at a time
+_CHUNK_BYTES = 2**22  # read at a time: this memory stays in the cache, and is used again
 _SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.safetensors")
+
+Layout = tuple[str, str, tuple[int, ...]]  # name, dtype ("F32") and shape of a tensor
 
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """One tensor where it lies on the disk."""
+    """One tensor of a file."""
 
     path: Path
+    name: str
     dtype: str  # as the file calls it: "F32"
     shape: tuple[int, ...]
-    offset: int  # bytes from the beginning of the file
+
+    def chunks(self, index: Sequence[slice]) -> Iterator[tuple[slice, np.ndarray]]:
+        """A part of the tensor, some rows at a time: (rows, counted from the beginning of the part; their values).
+
+        index: a slice with start and stop for each axis. Only the bytes of the part are read from the disk.
+        """
+        rows, *rest = index
+        row_bytes = math.prod(s.stop - s.start for s in rest) * DTYPES[self.dtype].itemsize
+        step = max(1, _CHUNK_BYTES // max(1, row_bytes))
+        with _opened(self.path) as file:
+            part = file.get_slice(self.name)
+            for start in range(rows.start, rows.stop, step):
+                stop = min(start + step, rows.stop)
+                yield slice(start - rows.start, stop - rows.start), part[(slice(start, stop), *rest)]
 
     @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+    def whole(self) -> tuple[slice, ...]:
+        """The index of all of it."""
+        return tuple(slice(0, n) for n in self.shape)
 
-    def map(self) -> np.ndarray:
-        """The tensor, read from the disk where it is touched; the memory is given back with the array."""
-        return np.memmap(self.path, DTYPES[self.dtype], "r", self.offset, self.shape)
 
-    def read_into(self, out: np.ndarray) -> None:
-        """Fills contiguous memory with the whole tensor: read, which is two to ten times as fast as mapping it."""
-        rest = out.reshape(-1).view(np.uint8).data
-        with open(self.path, "rb", buffering=0) as file:
-            file.seek(self.offset)
-            while len(rest):
-                count = file.readinto(rest[:_READ_BYTES])
-                if not count:
-                    raise InputError(f"{self.path}: truncated while it was read")
-                rest = rest[count:]
+def nbytes(dtype: str, shape: Sequence[int]) -> int:
+    """Bytes of a tensor whose dtype is named as in the files."""
+    return math.prod(shape) * DTYPES[dtype].itemsize
 
 
 def read_directory(directory: Path) -> dict[str, Stored]:
-    """Every tensor of the directory's files by name.
+    """Every tensor of the directory's files by name; reads their headers alone.
 
     Raises InputError for a missing or unlisted shard, a tensor that two files hold or that is not where the index says,
     and whatever `read_header` refuses.
@@ -64,7 +73,7 @@ def read_directory(directory: Path) -> dict[str, Stored]:
     present = {path.name: path for path in sorted(directory.glob("*.safetensors"))}
     if not present:
         raise InputError(f"{directory}: no .safetensors files in it")
-    index = _read_index(directory / INDEX) if (directory / INDEX).exists() else None
+    index = _read_index(directory / INDEX) if os.path.lexists(directory / INDEX) else None
     listed = set(index.values()) if index is not None else _complete(present)
     if missing := sorted(listed - set(present)):
         raise InputError(f"{directory}: shard {some(missing)} is missing; download it again")
@@ -74,9 +83,10 @@ def read_directory(directory: Path) -> dict[str, Stored]:
     for file, path in present.items():
         for name, tensor in read_header(path).items():
             if name in found:
-                raise InputError(f"{directory}: tensor {name} is in {found[name].path.name} and in {file}")
+                raise InputError(f"{directory}: tensor {some([name])} is in {found[name].path.name} and in {file}")
             if index is not None and index.get(name) != file:
-                raise InputError(f"{path}: holds tensor {name}, which {INDEX} puts in {index.get(name, 'no file')}")
+                place = index.get(name, "no file")
+                raise InputError(f"{path}: holds tensor {some([name])}, which {INDEX} puts in {place}")
             found[name] = tensor
     if index is not None and (absent := [name for name in index if name not in found]):
         raise InputError(f"{directory}: {INDEX} lists {some(absent)}, which no file holds")
@@ -84,48 +94,45 @@ def read_directory(directory: Path) -> dict[str, Stored]:
 
 
 def read_header(path: Path) -> dict[str, Stored]:
-    """The tensors of one file, after every promise of its header was held against the size of the file.
+    """The tensors of one file, whose bytes the library has compared with the size of the file.
 
     Raises InputError for a file that is truncated, corrupt, or holds a dtype other than F32, BF16 and F16.
     """
-    if not path.is_file():
-        raise InputError(f"{path}: not a file, or a link to one that is gone; download it again")
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        start = file.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        if not 2 <= length <= min(_HEADER_BYTES, size - 8):
-            raise InputError(f"{path}: not a safetensors file, or truncated ({size} bytes, header of {length})")
-        text = file.read(length)
-    try:
-        header = json.loads(text.decode("utf-8"), object_pairs_hook=_no_duplicates)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: its header is corrupt ({_brief(error)})") from error
-    if not isinstance(header, dict):
-        raise InputError(f"{path}: its header is corrupt (not an object)")
-    header.pop("__metadata__", None)
-    begin, tensors = 8 + length, {}
-    for name, (dtype, shape, first, last) in sorted(
-        ((name, _entry(path, name, entry)) for name, entry in header.items()), key=lambda item: item[1][2:]
-    ):
-        tensors[name] = Stored(path, dtype, shape, 8 + length + first)
-        if 8 + length + first != begin or last - first != tensors[name].nbytes:
-            raise InputError(f"{path}: its header is corrupt (tensor {name}: bytes {first} to {last}, shape {shape})")
-        begin = 8 + length + last
-    if begin != size:
-        raise InputError(f"{path}: truncated or corrupt (its tensors end at byte {begin}, the file has {size})")
+    tensors = {}
+    with _opened(path) as file:
+        for name in file.keys():
+            part = file.get_slice(name)
+            tensors[name] = Stored(path, name, part.get_dtype(), tuple(part.get_shape()))
+            if tensors[name].dtype not in DTYPES:
+                supported = ", ".join(DTYPES)
+                raise InputError(
+                    f"{path}: tensor {some([name])} has dtype {part.get_dtype()}; supported are {supported}"
+                )
     return tensors
 
 
-def write_file(path: Path, tensors: Sequence[tuple[str, str, tuple[int, ...]]], arrays: Iterable[np.ndarray]) -> None:
-    """Writes tensors (name, dtype, shape), whose contents come one by one in the same order.
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """The file as the library opens it, which checks the header against the size of the file. Raises InputError."""
+    require_file(path)
+    try:
+        with safe_open(path, framework="numpy") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        why = str(error).removeprefix("Error while deserializing header: ")[:200]
+        raise InputError(f"{path}: not a safetensors file, truncated or corrupt ({why}); download it again") from error
 
-    Sorted by dtype and name as the safetensors library does, the file is the one that it would write.
+
+def write_file(path: Path, tensors: Sequence[Layout], arrays: Iterable[np.ndarray]) -> None:
+    """Writes a file whose tensors' contents come one by one, in the order of `tensors`.
+
+    If that is `file_order`, the bytes are those that the safetensors library would write. The library itself takes all
+    tensors of a file at once, which for a model as large as the memory are too many.
     """
     header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, dtype, shape in tensors:
-        start, end = end, end + math.prod(shape) * DTYPES[dtype].itemsize
+        start, end = end, end + nbytes(dtype, shape)
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
@@ -138,8 +145,23 @@ def write_file(path: Path, tensors: Sequence[tuple[str, str, tuple[int, ...]]], 
         os.fsync(file.fileno())
 
 
-def file_order(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> list[tuple[str, str, tuple[int, ...]]]:
-    """The order in which the safetensors library lays out (name, dtype, shape): wide dtypes first, then by name."""
+def shards(tensors: Sequence[Layout], most_bytes: int) -> tuple[dict[str, list[Layout]], str]:
+    """The files of a checkpoint, with what each holds in its order, and the text of their index.
+
+    Files are filled in the order of `tensors`, by the function that transformers calls for it.
+    """
+    layout = {name: (name, dtype, shape) for name, dtype, shape in tensors}
+    split = split_state_dict_into_shards_factory(
+        layout, get_storage_size=lambda tensor: nbytes(*tensor[1:]), max_shard_size=most_bytes,
+        filename_pattern="model{suffix}.safetensors",
+    )  # fmt: skip
+    files = {file: file_order(layout[name] for name in names) for file, names in split.filename_to_tensors.items()}
+    index = {"metadata": split.metadata, "weight_map": dict(sorted(split.tensor_to_filename.items()))}
+    return files, json.dumps(index, indent=2) + "\n"
+
+
+def file_order(tensors: Iterable[Layout]) -> list[Layout]:
+    """The order in which the safetensors library lays out tensors: wide dtypes first, then by name."""
     return sorted(tensors, key=lambda tensor: (-DTYPES[tensor[1]].itemsize, tensor[0]))
 
 
@@ -160,25 +182,11 @@ def _read_index(path: Path) -> dict[str, str]:
     except InputError:
         raise
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise InputError(f"{path}: not an index of shards ({_brief(error)})") from error
+        why = str(error)[:120] or type(error).__name__
+        raise InputError(f"{path}: not an index of shards ({why}); download it again") from error
     if not files or not all(isinstance(file, str) and file.endswith(".safetensors") for file in files.values()):
         raise InputError(f"{path}: not an index of shards (weight_map must give each tensor a .safetensors file)")
     return files
-
-
-def _entry(path: Path, name: str, entry) -> tuple[str, tuple[int, ...], int, int]:
-    """(dtype, shape, first byte, byte after the last) of one tensor's header."""
-    natural = lambda x: isinstance(x, int) and not isinstance(x, bool) and 0 <= x < 2**63  # noqa: E731
-    try:
-        dtype, shape, (first, last) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        whole = isinstance(dtype, str) and len(shape) <= 8 and all(map(natural, (*shape, first, last)))
-    except (TypeError, KeyError, ValueError):
-        whole = False
-    if not whole:
-        raise InputError(f"{path}: its header is corrupt (tensor {name})")
-    if dtype not in DTYPES:
-        raise InputError(f"{path}: tensor {name} has dtype {dtype}; supported are {', '.join(DTYPES)}")
-    return dtype, shape, first, last
 
 
 def _no_duplicates(pairs: list[tuple[str, object]]) -> dict:
@@ -189,9 +197,6 @@ def _no_duplicates(pairs: list[tuple[str, object]]) -> dict:
 
 
 def some(names: Sequence[str]) -> str:
-    """The first few names, for a message."""
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
-def _brief(error: Exception) -> str:
-    return str(error)[:120] or type(error).__name__
+    """The first few names, for a message of one line."""
+    shown = [" ".join(name[:100].split()) for name in names[:5]]
+    return ", ".join(shown) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

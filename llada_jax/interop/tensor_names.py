@@ -1,53 +1,21 @@
-"""Tensor names and shapes of each family of published checkpoints, beside the parameters they belong to.
+"""The tensors of a published checkpoint: name and shape of each, and the parameter that holds it here.
 
 A parameter is named by its path in `Transformer`. One of `blocks` is stacked over the layers on axis 0, and heads have
 an axis of their own: q_proj is (layers, N, H, D) here and (N·H, D) there, the same numbers in the same order.
-D model width, N query heads, K key heads, H head size, F MLP width, V rows of the vocabulary.
+D model width, N query heads, K key heads, H head size, F MLP width.
 """
 
 import dataclasses
 import itertools
 from collections.abc import Iterator
 
+from llada_jax.interop import families
 from llada_jax.model.config import ModelConfig
-
-# In the order of the official modules, which is the order that shards are filled in; {} is the layer. A new family is
-# one more entry here, and its config fields in hf_config.py.
-FAMILIES: dict[str, dict[str, str]] = {
-    "llada": {
-        "wte": "model.transformer.wte.weight",
-        "ln_f": "model.transformer.ln_f.weight",
-        "blocks.attn_out": "model.transformer.blocks.{}.attn_out.weight",
-        "blocks.ff_out": "model.transformer.blocks.{}.ff_out.weight",
-        "blocks.attn_norm": "model.transformer.blocks.{}.attn_norm.weight",
-        "blocks.ff_norm": "model.transformer.blocks.{}.ff_norm.weight",
-        "blocks.q_proj": "model.transformer.blocks.{}.q_proj.weight",
-        "blocks.k_proj": "model.transformer.blocks.{}.k_proj.weight",
-        "blocks.v_proj": "model.transformer.blocks.{}.v_proj.weight",
-        "blocks.ff_proj": "model.transformer.blocks.{}.ff_proj.weight",
-        "blocks.up_proj": "model.transformer.blocks.{}.up_proj.weight",
-        "ff_out": "model.transformer.ff_out.weight",
-    },
-    "illada": {
-        "wte": "model.embed_tokens.weight",
-        "blocks.q_proj": "model.layers.{}.self_attn.q_proj.weight",
-        "blocks.k_proj": "model.layers.{}.self_attn.k_proj.weight",
-        "blocks.v_proj": "model.layers.{}.self_attn.v_proj.weight",
-        "blocks.attn_out": "model.layers.{}.self_attn.o_proj.weight",
-        "blocks.ff_proj": "model.layers.{}.mlp.gate_proj.weight",
-        "blocks.up_proj": "model.layers.{}.mlp.up_proj.weight",
-        "blocks.ff_out": "model.layers.{}.mlp.down_proj.weight",
-        "blocks.attn_norm": "model.layers.{}.input_layernorm.weight",
-        "blocks.ff_norm": "model.layers.{}.post_attention_layernorm.weight",
-        "ln_f": "model.norm.weight",
-        "ff_out": "lm_head.weight",
-    },
-}
 
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """One tensor of a published checkpoint, and where it lives in ours."""
+    """One tensor of a published checkpoint, and where it lives here."""
 
     name: str
     shape: tuple[int, ...]  # as published
@@ -56,10 +24,13 @@ class Tensor:
 
 
 def tensors(c: ModelConfig) -> Iterator[Tensor]:
-    """Every tensor of a checkpoint of this model, in the order of the official modules. A tied head has none."""
+    """Every tensor of a checkpoint of this model, in the order of the official modules, without a tied head.
+
+    Raises InputError for an unknown family.
+    """
     shapes = _shapes(c)
-    in_block = lambda item: item[0].startswith("blocks.")  # noqa: E731
-    for stacked, group in itertools.groupby(FAMILIES[c.family].items(), in_block):
+    in_block = lambda item: item[0].startswith("blocks.")
+    for stacked, group in itertools.groupby(families.require(c.family).names.items(), in_block):
         group = list(group)
         for layer in range(c.n_layers) if stacked else [None]:
             for parameter, name in group:
@@ -68,8 +39,8 @@ def tensors(c: ModelConfig) -> Iterator[Tensor]:
 
 
 def head_name(c: ModelConfig) -> str:
-    """The name that the head has in this family, whether or not it is tied."""
-    return FAMILIES[c.family]["ff_out"]
+    """The name of the head in this family, tied or not."""
+    return families.require(c.family).names["ff_out"]
 
 
 def _shapes(c: ModelConfig) -> dict[str, tuple[int, ...]]:

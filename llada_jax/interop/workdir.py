@@ -5,27 +5,34 @@ tokenizer. A checkpoint carries the config, too.
 """
 
 import contextlib
+import dataclasses
 import errno
+import json
 import math
 import os
+import shutil
+import sys
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from llada_jax.config import run_config
 from llada_jax.fields import InputError
-from llada_jax.files import COMMIT, read_json, require_files
+from llada_jax.files import COMMIT, damage, read_json, require_files, write_checksums
 from llada_jax.model.config import ModelConfig, model_config
 from llada_jax.model.transformer import Transformer
+from llada_jax.parallel import processes
 from llada_jax.parallel.mesh import require_divides, require_mesh
 
 
 def saved_steps(directory: Path) -> list[int]:
     """The steps of which there is a checkpoint in a directory that Orbax has completed, in no order."""
-    if not directory.is_dir():
+    if not os.path.isdir(directory):
         return []
     names = [path.name for path in directory.iterdir() if path.name.isascii() and path.name.isdigit()]
     return [int(name) for name in names if str(int(name)) == name and (directory / name / COMMIT).is_file()]
@@ -33,7 +40,7 @@ def saved_steps(directory: Path) -> list[int]:
 
 def place_of(workdir: str | Path, step: int | None = None) -> Path:
     """The directory of a checkpoint, by default the newest. Raises InputError if there is none."""
-    directory = Path(workdir).resolve() / "checkpoints"
+    directory = require_utf8(Path(workdir).resolve()) / "checkpoints"
     steps = sorted(saved_steps(directory))
     if not steps:
         raise InputError(f"{directory}: no complete checkpoint in it yet")
@@ -43,19 +50,19 @@ def place_of(workdir: str | Path, step: int | None = None) -> Path:
 
 
 def load_model(path: str | Path, mesh=None, dtype: str | None = "float32") -> Transformer:
-    """The model of a workdir's newest checkpoint; sharded when a mesh is given. dtype: of parameters; None: as stored.
+    """The model of a workdir's newest undamaged checkpoint; sharded when a mesh is given.
 
-    One parameter is read at a time, the large ones first, so that little memory is needed beside the model's own.
-    Raises InputError when the directory holds no checkpoint.
+    dtype: of parameters; None: as stored. The files of the model are compared with their checksums first. A damaged
+    checkpoint is passed over with a warning. One parameter is read at a time, the large ones first, so that little
+    memory is needed beside the model's own. With several processes and a mesh, all must call it. Raises InputError when
+    the directory holds no checkpoint or only damaged ones.
     """
     config = model_config(load_config(path).get("model"))
-    directory = Path(path) / "checkpoints"
-    if not directory.is_dir():
+    if not os.path.isdir(Path(path) / "checkpoints"):
         raise InputError(f"{path}: no checkpoints/ in it; give the --workdir of a training run")
-    place = place_of(path)
     like = abstract_model(config, mesh)
+    place = _undamaged(path, all_processes=mesh is not None)
     named: dict[str, jax.Array] = {}
-    require_files(place)
     with readable(place):
         metadata: Any = ocp.checkpointables_metadata(str(place)).metadata
         stored = (metadata or {}).get("model")
@@ -64,8 +71,8 @@ def load_model(path: str | Path, mesh=None, dtype: str | None = "float32") -> Tr
         for name, x in sorted(named_leaves(like), key=lambda item: -item[1].size):
             found = stored.get(name)
             if found is None or found.shape != x.shape:
-                told = "none" if found is None else f"shape {found.shape}"
-                raise InputError(f"{place}: config.json makes {name} {x.shape}, the checkpoint holds {told} of it")
+                what = "none" if found is None else f"shape {found.shape}"
+                raise InputError(f"{place}: config.json makes {name} {x.shape}, the checkpoint holds {what} of it")
             one = {name: jax.ShapeDtypeStruct(x.shape, dtype or found.dtype, sharding=x.sharding)}
             context = frugal([x])
             context.pytree.loading.partial_load = True
@@ -74,9 +81,85 @@ def load_model(path: str | Path, mesh=None, dtype: str | None = "float32") -> Tr
     return jax.tree.unflatten(jax.tree.structure(like), [named[name] for name, _ in named_leaves(like)])
 
 
+def _undamaged(workdir: str | Path, all_processes: bool) -> Path:
+    """The newest checkpoint whose model is as its checksums say; a warning names those that are not.
+
+    all_processes: every process calls this, so that they divide the hashing and choose the same checkpoint.
+    """
+    newest = place_of(workdir)
+    all_processes = all_processes and jax.process_count() > 1
+    share, shares = (jax.process_index(), jax.process_count()) if all_processes else (0, 1)
+    steps = sorted(saved_steps(newest.parent), reverse=True)
+    if all_processes:
+        steps = processes.on_first_process(lambda: steps)
+    passed_over = []
+    for step in steps:
+        place = newest.parent / str(step)
+        found = _damage(place, share, shares)[:300]
+        causes = list(filter(None, processes.all_gather(found) if all_processes else [found]))
+        if not causes:
+            if passed_over and share == 0:
+                print(f"{workdir}: {'; '.join(passed_over)}; the model of step {step} is taken", file=sys.stderr)
+            return place
+        passed_over.append(f"step {step} is damaged ({causes[0]})")
+    raise InputError(f"{newest.parent}: {'; '.join(passed_over)}; copy one again, there is no other checkpoint")
+
+
+def _damage(place: Path, share: int, shares: int) -> str:
+    """What is wrong with the files that are read for the model, its own and the metadata of all parts; "" if nothing.
+
+    Without checksums only what no checkpoint can lack.
+    """
+    if not os.path.isdir(place / "model"):
+        return "holds no model"
+    try:
+        require_files(place)
+    except InputError as error:
+        return str(error)
+    return damage(place, share, shares, only=lambda name: name.startswith("model/") or "/" not in name)
+
+
+def save_model(model: Transformer, directory: Path) -> None:
+    """Writes config.json and checkpoints/0 with this model and its checksums into a directory that exists."""
+    leaves = dict(named_leaves(model))
+    context = frugal(leaves.values(), ocdbt=False)
+    context.atomicity.mode = "commit_file"
+    with (
+        _gone_on_failure(directory / "checkpoints") as place,
+        ocp.training.Checkpointer(epath.Path(place).resolve(), context=context) as orbax,
+    ):
+        orbax.save_checkpointables(0, {"model": leaves})
+    write_checksums(directory / "checkpoints" / "0")
+    config = {"model": dataclasses.asdict(model.config)}
+    (directory / "config.json").write_bytes(json.dumps(config, indent=1, sort_keys=True, ensure_ascii=False).encode())
+
+
+def require_utf8(path: Path) -> Path:
+    """The path. Raises InputError for one that TensorStore cannot be given."""
+    try:
+        os.fsencode(path).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: checkpoints need a path in UTF-8; rename the directory") from error
+    return path
+
+
+@contextlib.contextmanager
+def _gone_on_failure(directory: Path) -> Iterator[Path]:
+    """Removes the directory if the block fails; TensorStore's threads go on writing to it for a while after that."""
+    try:
+        yield directory
+    except BaseException:
+        quiet = 0
+        while quiet < 10:
+            quiet = 0 if directory.exists() else quiet + 1
+            shutil.rmtree(directory, ignore_errors=True)
+            time.sleep(0.1)
+        raise
+
+
 @contextlib.contextmanager
 def readable(place: Path) -> Iterator[None]:
-    """Whatever Orbax and TensorStore raise for missing and damaged files becomes one line."""
+    """Turns what Orbax and TensorStore raise for missing and damaged files into an InputError of one line."""
     try:
         yield
     except InputError:
@@ -100,9 +183,9 @@ def root_cause(error: Exception) -> str:
 def frugal(arrays: Iterable[Any], *, ocdbt: bool = True) -> Any:
     """How Orbax saves and loads these arrays in little memory beside their own, as a context.
 
-    By default it encodes all of them before the first byte goes to the disk. Here the arrays that are in flight hold
-    a gigabyte, or are one. ocdbt=False: of those, too, only some chunks are encoded at a time, each to a file of its
-    own; OCDBT packs chunks into large files, and keeps the whole of an array for that.
+    By default it encodes all of them before the first byte goes to the disk. Here the arrays in flight hold one
+    gigabyte together, or are a single one. ocdbt=False: each chunk of an array is encoded to a file of its own, only
+    some at a time; OCDBT packs chunks into large files, and keeps the whole of an array for that.
     """
     largest = max(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in arrays)
     context = ocp.Context()
@@ -113,7 +196,10 @@ def frugal(arrays: Iterable[Any], *, ocdbt: bool = True) -> Any:
 
 
 def abstract_model(config: ModelConfig, mesh) -> Transformer:
-    """Shapes with concrete shardings: eval_shape alone gives an abstract mesh, which Orbax rejects."""
+    """The shapes, dtypes and shardings of a model's parameters; no parameter is made.
+
+    The shardings are concrete: eval_shape alone gives those of an abstract mesh, which Orbax rejects.
+    """
     if mesh is None:
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         like = jax.eval_shape(lambda key: Transformer(config, key), jax.random.key(0))
@@ -122,14 +208,14 @@ def abstract_model(config: ModelConfig, mesh) -> Transformer:
     require_divides(config, mesh)
     with jax.set_mesh(mesh):
         like = jax.eval_shape(lambda key: Transformer(config, key), jax.random.key(0))
-    concrete = lambda x: jax.sharding.NamedSharding(mesh, x.sharding.spec)  # noqa: E731
+    concrete = lambda x: jax.sharding.NamedSharding(mesh, x.sharding.spec)
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=concrete(x)), like)
 
 
 def load_config(workdir: str | Path) -> dict:
     """The resolved config of a run."""
     path = Path(workdir) / "config.json"
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise InputError(f"{workdir}: no config.json in it; give the --workdir of a training run")
     config = read_json(path)
     for group in run_config():
@@ -141,5 +227,5 @@ def load_config(workdir: str | Path) -> dict:
 def named_leaves(tree) -> list[tuple[str, jax.Array]]:
     """The arrays of a tree under the names that a checkpoint has for them, such as "blocks.q_proj"."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    name = lambda path: jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")  # noqa: E731
+    name = lambda path: jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
     return [(name(path), leaf) for path, leaf in leaves]

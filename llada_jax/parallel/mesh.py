@@ -63,6 +63,28 @@ def mesh_shape(sizes: dict[str, int], devices: int) -> dict[str, int]:
     return dict(zip(AXES, shape, strict=True))
 
 
+def inference_mesh(model: ModelConfig, tensor: int = 0) -> Mesh | None:
+    """A mesh for sampling and scoring: copies of the model over `data`, each split over `tensor` devices.
+
+    tensor 0: as few as hold the weights in half of their memory, in bfloat16. None for one device. Raises InputError
+    where `tensor` does not divide the devices or the heads.
+    """
+    devices = jax.device_count()
+    if devices == 1 and tensor in (0, 1):
+        return None
+    if not tensor:
+        limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")  # CPUs name none
+        d, f, kv = model.d_model, model.mlp_hidden_size, model.n_kv_heads * model.head_dim
+        layer = 2 * d * d + 2 * d * kv + 3 * d * f
+        nbytes = 2 * (model.n_layers * layer + (1 if model.weight_tying else 2) * d * model.embedding_size)
+        tensor = 1
+        while limit and nbytes / tensor > limit / 2 and devices % (2 * tensor) == 0:
+            tensor *= 2
+    if devices % tensor:
+        raise InputError(f"--tensor={tensor} does not divide the {devices} devices")
+    return make_mesh(dict(data=-1, fsdp=1, tensor=tensor, context=1))
+
+
 def _across_slices(shape: list[int], slices: int) -> list[int]:
     """How the axes run over slices, or over GPU hosts, between which the network is slow: data first, then fsdp."""
     data = math.gcd(shape[0], slices)

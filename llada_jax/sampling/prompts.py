@@ -5,6 +5,7 @@ import re
 import jax
 import numpy as np
 
+from llada_jax.data import chat
 from llada_jax.fields import InputError
 from llada_jax.parallel.mesh import current_mesh
 from llada_jax.sampling.generate import generate
@@ -24,14 +25,11 @@ def encode_prompt(tokenizer, prompt: str) -> list[int]:
     return ids + tokenizer.encode(prompt[last:])
 
 
-def left_pad(rows: list[list[int]], pad_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of different lengths as int32 [B, P], and which of it is real, int32 [B, P]."""
-    width = max(map(len, rows))
-    tokens = np.full((len(rows), width), pad_id, np.int32)
-    real = np.zeros((len(rows), width), np.int32)
-    for i, row in enumerate(rows):
-        tokens[i, width - len(row) :], real[i, width - len(row) :] = row, 1
-    return tokens, real
+def check_turns(messages: object, where: str) -> list[dict[str, str]]:
+    """Messages that a reply can follow, role and content of each. Raises InputError that begins with `where`."""
+    if not isinstance(messages, list):
+        raise InputError(f'{where}: "messages" must be a list of {{"role", "content"}}')
+    return chat.check_messages([*messages, {"role": "assistant", "content": ""}], where)[:-1]
 
 
 def reply_text(tokenizer, ids) -> str:

@@ -4,10 +4,10 @@ import dataclasses
 from typing import Any
 
 from llada_jax.config import RunConfig, check_config
-from llada_jax.data import manifest
+from llada_jax.data import KINDS
 from llada_jax.data.tokenizer import Tokenizer
 from llada_jax.fields import InputError
-from llada_jax.interop import hf
+from llada_jax.interop import families, hf
 from llada_jax.model.config import ModelConfig, model_config
 from llada_jax.objectives import OBJECTIVES
 from llada_jax.parallel.mesh import mesh_shape
@@ -27,9 +27,10 @@ def check(config: RunConfig, devices: int, stored: dict[str, Any] | None = None)
     t, d, o = config.train, config.data, config.objective
     if o.name not in OBJECTIVES:
         raise InputError(f"config.objective.name {o.name!r} is not one of {', '.join(OBJECTIVES)}")
-    if d.kind not in manifest.KINDS:
-        raise InputError(f"config.data.kind {d.kind!r} is not one of {', '.join(manifest.KINDS)}")
+    if d.kind not in KINDS:
+        raise InputError(f"config.data.kind {d.kind!r} is not one of {', '.join(KINDS)}")
     model = _architecture(config, stored)
+    families.require(model["family"])
     if d.row_length > model["max_sequence_length"]:
         raise InputError(
             f"config.data.row_length {d.row_length} is longer than the model's context, "

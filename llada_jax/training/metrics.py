@@ -72,7 +72,7 @@ class Reporter:
     """Turns device metrics into scalars and writes them; only process 0 writes."""
 
     def __init__(
-        self, workdir: str | Path, c: ModelConfig, *, rows: int, length: int, tokens_per_byte: float, schedule,
+        self, workdir: str | Path, c: ModelConfig, *, rows: int, length: int, tokens_per_byte: float | None, schedule,
         total_steps: int, first_step: int, log_every: int, title: str, notes: dict[str, Any], goodput: Goodput,
         events: Events,
     ):  # fmt: skip
@@ -212,11 +212,10 @@ class Reporter:
     def _per_token(self, group: str, m: dict[str, np.ndarray]) -> dict[str, float]:
         nats = float(m["elbo_sum"] / max(float(m["tokens"]), 1.0))
         bits = nats / math.log(2)
-        return {
-            f"{group}/{self._what}_nats_per_token": nats,
-            f"{group}/{self._what}_bits_per_token": bits,
-            f"{group}/{self._what}_bits_per_byte": bits * self._tokens_per_byte,
-        }
+        found = {f"{group}/{self._what}_nats_per_token": nats, f"{group}/{self._what}_bits_per_token": bits}
+        if self._tokens_per_byte is not None:
+            found[f"{group}/{self._what}_bits_per_byte"] = bits * self._tokens_per_byte
+        return found
 
     def _show(self, step: int, scalars: dict[str, float]) -> None:
         if not self._writes:

@@ -18,8 +18,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from llada_jax.config import RunConfig, check_config
-from llada_jax.data import manifest, pipeline, prepare, sources
-from llada_jax.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from llada_jax.data import KINDS, dataset, pipeline, prepare, sources
+from llada_jax.data.tokenizer import Tokenizer, load_tokenizer
+from llada_jax.data.train_tokenizer import train_tokenizer
 from llada_jax.fields import InputError, RunFailed
 from llada_jax.interop import hf
 from llada_jax.model.attention import kernel_for
@@ -139,7 +140,7 @@ def _set_up(
         def claim() -> None:
             assert lease is not None
             lease.confirm()
-            manifest.require_unchanged(workdir, datasets)
+            dataset.require_unchanged(workdir, datasets)
             workdirs.claim(workdir, config, stored, allow_change=allow_config_change)
             tokenizer.save(workdir / "tokenizer")
             if config.train.init_from and stored is None:
@@ -255,11 +256,12 @@ def open_data(config: RunConfig, workdir: Path, *, resumed: bool = False, replac
     """
     data = config.data
     path = Path(data.path) if data.path else workdir / "data"
+    weighted = [(path, 1.0), *pipeline.parse_mixture(data.mixture)]
     if not data.path:
         processes.on_first_process(lambda: _prepare(config, workdir, path, resumed, replaces))
         _require_shared(path)
-    weighted = [(path, 1.0), *((Path(other), float(weight)) for other, weight in data.mixture)]
-    opened = [pipeline.open_dataset(other) for other, _ in weighted]
+    opened = [dataset.open_dataset(other) for other, _ in weighted]
+    pipeline.require_fields(opened, data.kind)
     tokenizer = load_tokenizer(opened[0].tokenizer_path)
     for source in opened:
         if source.row_length != data.row_length:
@@ -271,7 +273,7 @@ def open_data(config: RunConfig, workdir: Path, *, resumed: bool = False, replac
     weights = [weight for _, weight in weighted]
     order = pipeline.ordered(opened, weights, config.train.seed)
     held_out = path / "validation"
-    validation = pipeline.open_dataset(held_out) if (held_out / "manifest.json").exists() else None
+    validation = dataset.open_dataset(held_out) if (held_out / "manifest.json").exists() else None
     if len(opened[0]) == 0:
         raise InputError(f"{path}: holds no rows; give more text")
     return tokenizer, order, validation
@@ -339,13 +341,12 @@ def _batches(config, order, tokenizer, first, mesh, offset=0) -> Iterator[Batch]
 
     offset: how many batches rollbacks have left out.
     """
-    text, size = config.data.kind == "text", config.train.batch_size
+    size = config.train.batch_size
     rows = pipeline.batches(
         order, batch_size=size, kind=config.data.kind, start_step=first + offset,
         num_steps=config.train.steps + offset, seed=config.train.seed, eos_id=tokenizer.eos_id,
         only=rows_of_process(mesh, size), threads=config.data.threads,
-        random_length_fraction=config.data.random_length_fraction if text else 0.0,
-        split_fraction=config.data.split_fraction if text else 0.0,
+        **{name: config.data[name] for name in KINDS[config.data.kind].options},
     )  # fmt: skip
     placed = (_placed(batch, mesh, size) for batch in rows)
     ahead = collections.deque(itertools.islice(placed, 2))
@@ -358,7 +359,9 @@ def _placed(batch: dict[str, np.ndarray], mesh, batch_size: int) -> Batch:
     return {name: global_batch(x, mesh, batch_size) for name, x in batch.items()}
 
 
-def _tokens_per_byte(order: pipeline.Order) -> float:
-    manifests = [source.manifest for source in order.sources]
-    scored = [m.get("scored_tokens", m["tokens"]) for m in manifests]  # the bytes are those of the scored text alone
-    return sum(scored) / max(sum(m["bytes"] for m in manifests), 1)
+def _tokens_per_byte(order: pipeline.Order) -> float | None:
+    """Of the text that a loss may ask for; None where a dataset was prepared before that was counted."""
+    scored = [source.scored_tokens for source in order.sources]
+    if None in scored:
+        return None
+    return sum(filter(None, scored)) / max(sum(source.manifest["bytes"] for source in order.sources), 1)

@@ -10,13 +10,15 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+import sentencepiece
+import tokenizers
+from tokenizers import Regex, decoders, normalizers
 
 from llada_jax import files
-from llada_jax.data import sources, template_process
-from llada_jax.data.manifest import read_column
-from llada_jax.data.pipeline import open_dataset
+from llada_jax.data import chat_template, sources
+from llada_jax.data.dataset import open_dataset, read_column
 from llada_jax.data.prepare import prepare_dataset
-from llada_jax.data.tokenizer import load_tokenizer
+from llada_jax.data.tokenizer import BOS, END_HEADER, EOS, EOT, MASK, START_HEADER, load_tokenizer
 from llada_jax.fields import InputError
 from llada_jax.files import read_json
 
@@ -131,22 +133,24 @@ ENDLESS = {
     "a syntax error": "{% for %}",
     "a wrong type": "{{ messages + 1 }}",
     "its own refusal": "{{ raise_exception('roles must\nalternate') }}",
+    "half of a surrogate pair": "{{ messages[0].content }}{{ '\\ud83d' }}",
 }
 
 
 WORDS = {
-    "loops in loops": f"takes over {template_process.SECONDS} seconds",
+    "loops in loops": f"takes over {chat_template.SECONDS} seconds",
     "a large range": "Range too big",
     "doubling": "needs more memory",
-    "much text": f"makes over {template_process.CHARACTERS} characters",
+    "much text": f"makes over {chat_template.CHARACTERS} characters",
     "its own refusal": "refuses these messages: roles must alternate",
+    "half of a surrogate pair": "what its chat template makes: character 2 is none of Unicode",
 }
 
 
 @pytest.mark.parametrize("kind", ENDLESS)
 def test_a_template_without_bound_ends_in_one_line(tmp_path, kind):
     tokenizer = with_template(tmp_path / "bad", ENDLESS[kind])
-    with pytest.raises(InputError, match="bad: its chat template") as error:
+    with pytest.raises(InputError, match="bad: .*its chat template") as error:
         tokenizer.encode_chat(MESSAGES)
     assert "\n" not in str(error.value) and WORDS.get(kind, "") in str(error.value)
     good = with_template(tmp_path / "good", "{{ messages[0].content }}")  # the next one is not hurt
@@ -156,7 +160,7 @@ def test_a_template_without_bound_ends_in_one_line(tmp_path, kind):
 def test_a_strangers_template_gives_what_jinja_gives(tmp_path):
     template = "{% for m in messages %}\n{{ bos_token }}{{ m['role'] | upper }}: {{ m.content }}\n{% endfor %}"
     tokenizer = with_template(tmp_path / "t", template)
-    expected = template_process.environment().from_string(template).render(messages=MESSAGES, bos_token="x")
+    expected = chat_template.environment().from_string(template).render(messages=MESSAGES, bos_token="x")
     text = tokenizer.decode(tokenizer.encode_chat(MESSAGES), keep_special=True)
     assert text == expected.replace("x", "<|startoftext|>")
 
@@ -180,6 +184,69 @@ def test_a_tokenizer_that_panics_is_named(tmp_path):
     assert "\n" not in str(error.value)
 
 
+def with_parts(directory, **parts):
+    """The golden tokenizer with another normalizer or decoder."""
+    tokenizer = tokenizers.Tokenizer.from_file(str(GOLDEN / "tokenizer.json"))
+    for name, part in parts.items():
+        setattr(tokenizer, name, part)
+    directory.mkdir()
+    tokenizer.save(str(directory / "tokenizer.json"))
+    return load_tokenizer(directory)
+
+
+Replace = normalizers.Replace
+GROWING = {  # each makes gigabytes of a letter, by a file of a few kilobytes
+    "replacements": [Replace("a", "b" * 600), Replace("b", "c" * 600), Replace("c", "d" * 600)],
+    "expressions": [Replace(Regex("x*"), "y")] * 30,
+    "prefixes": [normalizers.Prepend("a" * 9000), Replace("a", "b" * 20000)],
+    "without end": [Replace("", "b" * 4000)] * 100,
+}
+
+
+@pytest.mark.parametrize("kind", GROWING)
+def test_a_normalizer_that_takes_all_memory_is_refused(tmp_path, kind):
+    tokenizer = with_parts(tmp_path / "t", normalizer=normalizers.Sequence(GROWING[kind]))
+    with pytest.raises(InputError, match="tokenizer.json: what it replaces may make .* bytes of 1; "):
+        tokenizer.encode("a")
+    tokenizer = with_parts(tmp_path / "d", decoder=decoders.Sequence([decoders.Replace("a", "aa" * 600)] * 3))
+    with pytest.raises(InputError, match="tokenizer.json: what it replaces may make .* bytes of 2; "):
+        tokenizer.decode(tokenizer.encode("aa")[:1] * 2)
+
+
+def test_normalizers_as_they_are_published_are_not_refused(tmp_path):
+    llama = normalizers.Sequence([normalizers.Prepend("▁"), Replace(" ", "▁")])
+    forms = [normalizers.NFKD(), normalizers.Lowercase(), Replace(Regex(" {2,}"), " "), normalizers.Nmt()]
+    for i, part in enumerate([llama, normalizers.Sequence(forms), normalizers.BertNormalizer(), None]):
+        tokenizer = with_parts(tmp_path / str(i), normalizer=part)
+        for text in ("", "a", "a b  c ﷺ" * 9999):
+            assert bool(tokenizer.encode(text)) == bool(text)
+
+
+@pytest.mark.parametrize("replacement, letters", [(3000, 200_000), (60, 100)])
+def test_a_table_of_sentencepiece_that_takes_all_memory_is_refused(tmp_path, replacement, letters):
+    (tmp_path / "rules.tsv").write_text("61\t" + " ".join(["62"] * replacement))
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["bcd"] * 9), model_prefix=str(tmp_path / "t"), vocab_size=40, hard_vocab_limit=False,
+        normalization_rule_tsv=str(tmp_path / "rules.tsv"), bos_piece=BOS, eos_piece=EOS, minloglevel=3,
+        control_symbols=[MASK, START_HEADER, END_HEADER, EOT],
+    )  # fmt: skip
+    tokenizer = load_tokenizer(tmp_path / "t.model")
+    if replacement == 60:
+        assert len(tokenizer.encode("a" * letters)) > letters
+        return
+    with pytest.raises(InputError, match="t.model: what it replaces may make 2.0e.08 bytes of 200000"):
+        tokenizer.encode("a" * letters)
+
+
+@pytest.mark.parametrize("id", [2**24, 2**31, 2**32 - 1])
+def test_ids_that_no_vocabulary_has_are_refused(tmp_path, id):
+    tokenizer = json.loads((GOLDEN / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"]["extra"] = id
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(InputError, match=f"tokenizer.json: has the id {id}, none may exceed 16777215"):
+        load_tokenizer(tmp_path)
+
+
 # Names that lead elsewhere.
 
 NAMES = ["../x", "..", ".", "", "/etc/passwd", "a/b", "a/../../x", "x\0y", "rows/", "春" * 86, None, 3]
@@ -189,7 +256,7 @@ NAMES = ["../x", "..", ".", "", "/etc/passwd", "a/b", "a/../../x", "x\0y", "rows
 def dataset(tmp_path):
     tokenizer = load_tokenizer(GOLDEN)
     prepare_dataset(
-        tmp_path / "d", texts=["a b c"] * 9, tokenizer=tokenizer, row_length=8, packing="document", workers=1,
+        tmp_path / "d", items=["a b c"] * 9, tokenizer=tokenizer, row_length=8, packing="document", workers=1,
         progress=False,
     )  # fmt: skip
     return tmp_path / "d"
@@ -243,7 +310,7 @@ def test_a_small_file_that_unpacks_to_one_endless_line_is_refused(tmp_path, monk
         list(sources.read_documents(str(path), documents))
     (tmp_path / "y.txt").write_bytes(b"a\n" * 10**6)
     if documents == "paragraph":
-        with pytest.raises(InputError, match="too large for a paragraph .* --documents=line"):
+        with pytest.raises(InputError, match="too large for a paragraph .* documents=line"):
             list(sources.read_documents(str(tmp_path / "y.txt"), documents))
 
 

@@ -1,12 +1,9 @@
 """Packing keeps every token once and in order; cuts depend on seed and position alone."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 
 from llada_jax.data import packing as packing_module
-from llada_jax.data.tokenizer import load_tokenizer
 from llada_jax.fields import InputError
 
 BOS, EOS, PAD = 1, 2, 0
@@ -18,8 +15,10 @@ def documents(count=40, seed=0):
 
 
 def pack(docs, row_length, packing):
-    packed = list(packing_module.pack_documents(docs, row_length, packing, BOS, EOS, PAD))
-    return np.stack([row[0] for row in packed]), np.stack([row[1] for row in packed])
+    packer = packing_module.Packer(row_length, packing, BOS, EOS, PAD)
+    rows = [row for ids in docs for row in packer.add(ids)] + list(packer.flush())
+    assert [row["length"] for row in rows] == [np.count_nonzero(row["segment_ids"]) for row in rows]
+    return np.stack([row["tokens"] for row in rows]), np.stack([row["segment_ids"] for row in rows])
 
 
 def test_concatenation_by_hand():
@@ -54,23 +53,6 @@ def test_every_token_once_and_in_order(packing, row_length):
 def test_unknown_packing_is_refused():
     with pytest.raises(InputError, match="packing is 'tight'"):
         pack([[1]], 4, "tight")
-
-
-@pytest.mark.parametrize("turns", [1, 3])
-def test_a_dialogue_gives_one_row_for_each_reply(turns):
-    tokenizer = load_tokenizer(Path(__file__).parents[1] / "golden" / "tokenizer")
-    messages = [{"role": "system", "content": "be brief"}]
-    for i in range(turns):
-        messages += [
-            {"role": "user", "content": f"q {i}"},
-            {"role": "assistant", "content": f" a {i} "},
-        ]
-    examples = packing_module.dialogue_rows([*messages, {"role": "user", "content": "more"}], tokenizer)
-    assert len(examples) == turns
-    for i, (tokens, prompt_length) in enumerate(examples):
-        prompt = tokenizer.encode_chat(messages[: 2 + 2 * i])
-        assert tokens[:prompt_length].tolist() == prompt
-        assert tokens[prompt_length:].tolist() == [*tokenizer.encode(f"a {i}"), tokenizer.eot_id]
 
 
 def batch(size=4000, length=12):

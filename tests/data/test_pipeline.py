@@ -1,6 +1,5 @@
 """The rows of a step are a pure function of (seed, step): any start, any number of processes."""
 
-import json
 from collections import Counter
 from pathlib import Path
 
@@ -8,7 +7,8 @@ import numpy as np
 import pytest
 
 from llada_jax.data import pipeline
-from llada_jax.data.pipeline import batches, open_dataset, ordered
+from llada_jax.data.dataset import open_dataset
+from llada_jax.data.pipeline import batches, ordered
 from llada_jax.data.prepare import prepare_dataset
 from llada_jax.data.tokenizer import load_tokenizer
 from llada_jax.fields import InputError
@@ -30,9 +30,9 @@ def paths(tmp_path_factory):
     texts = [f"text {i} " + "a quick fox " * (i % 9) for i in range(60)]
     more = [f"other {i}" for i in range(23)]
     dialogues = [dialogue(i) for i in range(37)]
-    prepare_dataset(root / "text", texts=texts, packing="document", rows_per_shard=17, **common)
-    prepare_dataset(root / "more", texts=more, packing="document", **common)
-    prepare_dataset(root / "chat", kind="chat", dialogues=dialogues, **common)
+    prepare_dataset(root / "text", items=texts, packing="document", rows_per_shard=17, **common)
+    prepare_dataset(root / "more", items=more, packing="document", **common)
+    prepare_dataset(root / "chat", kind="chat", items=dialogues, **common)
     return root
 
 
@@ -86,7 +86,7 @@ def test_row_j_of_step_s_is_the_ordered_row(paths, batch_size):
     order = ordered([open_dataset(paths / "text")], seed=3)
     for step, batch in enumerate(take(order, batch_size=batch_size)):
         for j in range(batch_size):
-            row = order[step * batch_size + j]
+            row, _ = order.read(step * batch_size + j)
             assert (batch["tokens"][j] == row["tokens"]).all()
             assert (batch["segment_ids"][j] == row["segment_ids"]).all()
 
@@ -145,7 +145,7 @@ def test_answers_are_padded_with_eos_to_the_longest_dialogue(paths, names):
     order = ordered([open_dataset(paths / name) for name in names], seed=3)
     for step, batch in enumerate(take(order, kind="chat")):
         places = [order.place(8 * step + j) for j in range(8)]
-        read = [order[8 * step + j] for j in range(8)]
+        read = [order.read(8 * step + j)[0] for j in range(8)]
         longest = max(row["length"] for (source, _), row in zip(places, read, strict=True) if source == 0)
         for j, ((source, _), row) in enumerate(zip(places, read, strict=True)):
             prompt, length = row["prompt_length"], row["length"]
@@ -165,17 +165,33 @@ def test_kind_text_reads_dialogues_as_running_text(paths):
 
 def test_mistakes_in_the_call_are_named(paths):
     text, chat = open_dataset(paths / "text"), open_dataset(paths / "chat")
-    with pytest.raises(InputError, match="split_fraction"):
+    with pytest.raises(InputError, match="split_fraction is no option of kind 'chat'"):
         take(ordered([chat]), kind="chat", split_fraction=0.3)
     with pytest.raises(InputError, match="kind is 'sft'"):
         take(ordered([chat]), kind="sft")
-    for weights in ([1.0], [1.0, 0.0]):
+    for weights in ([1.0], [1.0, 0.0], [1.0, float("inf")], [float("nan"), 1.0], [1.0, "1"]):
         with pytest.raises(InputError, match="weights"):
             ordered([text, chat], weights)
 
 
+@pytest.mark.parametrize(
+    "entry",
+    [1, "data", (), ("data",), ("data", 1.0, 2), ("", 1.0), (1, 2), (None, 1), ("data", "x"), ("data", None)]
+    + [("data", weight) for weight in (0, -1.0, 1e-9, float("inf"), float("nan"), 10**400, True)]
+    + [("a\udcff", 1.0)],
+)
+def test_a_mixture_that_is_none_is_named(entry):
+    with pytest.raises(InputError, match=r"config.data.mixture\[1\]") as error:
+        pipeline.parse_mixture((("data", 1), entry))
+    assert "\n" not in str(error.value)
+
+
+def test_a_mixture_is_directories_and_weights():
+    assert pipeline.parse_mixture([["a/b", 1], ("c", 0.25)]) == [(Path("a/b"), 1.0), (Path("c"), 0.25)]
+
+
 def test_sources_of_different_length_or_tokenizer_do_not_mix(paths, tmp_path):
-    common = {"texts": ["a b c"], "tokenizer": TOKENIZER, "progress": False}
+    common = {"items": ["a b c"], "tokenizer": TOKENIZER, "progress": False}
     prepare_dataset(tmp_path / "short", row_length=16, **common)
     with pytest.raises(InputError, match="--row_length"):
         ordered([open_dataset(paths / "text"), open_dataset(tmp_path / "short")])
@@ -183,41 +199,3 @@ def test_sources_of_different_length_or_tokenizer_do_not_mix(paths, tmp_path):
     other.manifest["tokenizer"]["fingerprint"] = "else"
     with pytest.raises(InputError, match="--tokenizer"):
         ordered([open_dataset(paths / "text"), other])
-
-
-def test_damaged_datasets_are_refused_with_the_reason(tmp_path):
-    def fresh(name):
-        texts = [f"text {i}" for i in range(20)]
-        prepare_dataset(
-            tmp_path / name,
-            texts=texts,
-            tokenizer=TOKENIZER,
-            row_length=16,
-            rows_per_shard=4,
-            progress=False,
-        )
-        return tmp_path / name, sorted((tmp_path / name).glob("rows-*"))
-
-    def refused(path, words):
-        with pytest.raises(InputError, match=words) as caught:
-            open_dataset(path)
-        assert str(path) in str(caught.value)
-
-    refused(tmp_path / "nowhere", "no dataset there")
-    path, shards = fresh("a")
-    shards[1].unlink()
-    refused(path, f"{shards[1].name}: is missing")
-    path, shards = fresh("b")
-    shards[0].write_bytes(shards[0].read_bytes()[:-100])
-    refused(path, f"{shards[0].name}: has .* bytes")
-    path, _ = fresh("c")
-    np.save(path / "lengths.npy", np.zeros(3, np.int32))
-    refused(path, "lengths.npy has 3 rows")
-    path, _ = fresh("d")
-    manifest = json.loads((path / "manifest.json").read_text())
-    (path / "manifest.json").write_text(json.dumps(manifest | {"format": "other"}))
-    refused(path, "its format is not")
-    path, shards = fresh("e")
-    shards[0].write_bytes(bytes(len(shards[0].read_bytes())))
-    with pytest.raises(InputError, match="cannot be read"):
-        open_dataset(path)[0]

@@ -2,25 +2,21 @@
 
 import gzip
 import json
+import os
+from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 
 from llada_jax.data import sources
-from llada_jax.data.sources import expand_files, read_dialogues, read_documents
+from llada_jax.data.sources import expand_files, read_documents
 from llada_jax.fields import InputError
-
-USER, REPLY = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 
 
 def write(path, *lines):
     path.write_bytes(b"\n".join(line if isinstance(line, bytes) else line.encode() for line in lines))
     return str(path)
-
-
-def dialogue(*messages):
-    return json.dumps({"messages": messages})
 
 
 @pytest.mark.parametrize(
@@ -59,7 +55,7 @@ def test_blank_documents_are_left_out(tmp_path):
         ("x.jsonl", ['{"text": "a"}', "", '{"txt": "a"}'], "x.jsonl:3: needs .*'txt'"),
         ("x.jsonl", ['{"text": 3}'], "x.jsonl:1: needs"),
         ("x.jsonl", ["[1]"], "x.jsonl:1: needs .* list"),
-        ("x.jsonl", ['{"text": "\\ud800"}'], "x.jsonl:1: half of a surrogate"),
+        ("x.jsonl", ['{"text": "\\ud800"}'], "x.jsonl:1: character 0 is none of Unicode .half of a surrogate"),
         ("x.jsonl", ['{"text": "a"}', b'{"text": "\xff"}'], "x.jsonl:2: not UTF-8"),
         ("x.txt", ["a", "b", b"\xe6\x98"], "x.txt:3: not UTF-8"),
         ("x.txt.gz", ["a"], "x.txt.gz:1: broken gzip"),
@@ -86,37 +82,9 @@ def test_parquet_without_text_names_its_columns(tmp_path):
 def test_one_giant_document_is_refused_with_the_remedy(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "_LARGEST_DOCUMENT", 10)
     path = write(tmp_path / "x.txt", "12345", "67890", "12345")
-    with pytest.raises(InputError, match="--documents=paragraph"):
+    with pytest.raises(InputError, match="documents=paragraph"):
         list(read_documents(path))
     assert len(list(read_documents(path, "line"))) == 3
-
-
-def test_dialogues_come_with_their_place(tmp_path):
-    system = {"role": "system", "content": "s", "extra": 1}
-    path = write(tmp_path / "x.jsonl", dialogue(system, USER, REPLY, USER), "", dialogue(USER, REPLY))
-    (first, messages), (second, _) = read_dialogues(path)
-    assert (first, second) == (f"{path}:1", f"{path}:3")
-    assert messages == [{"role": "system", "content": "s"}, USER, REPLY, USER]
-
-
-@pytest.mark.parametrize(
-    "messages, words",
-    [
-        ([USER], "'assistant'"),
-        ([REPLY], "message 1 has role 'assistant'"),
-        ([{"role": "system", "content": "s"}, REPLY], "message 2 has role 'assistant'"),
-        ([USER, USER, REPLY], "message 2 has role 'user'"),
-        ([USER, {"role": "bot", "content": "a"}], "message 2 has role 'bot'"),
-        ([USER, {"role": "assistant"}], r"message 2 \(assistant\) has no text"),
-        ([USER, {"role": "assistant", "content": ["a"]}], "message 2"),
-        ([USER, "hello"], "message 2 has role None"),
-        ([], "messages"),
-    ],
-)
-def test_malformed_dialogues_name_line_and_role(tmp_path, messages, words):
-    path = write(tmp_path / "x.jsonl", dialogue(USER, REPLY), dialogue(*messages))
-    with pytest.raises(InputError, match=f"x.jsonl:2: .*{words}"):
-        list(read_dialogues(path))
 
 
 def test_patterns_expand_sorted_and_once(tmp_path):
@@ -137,6 +105,31 @@ def test_patterns_that_lead_nowhere(tmp_path, monkeypatch, pattern, words):
     (tmp_path / "empty.txt").touch()
     with pytest.raises(InputError, match=words):
         expand_files(pattern)
+
+
+@pytest.mark.parametrize("pattern", [b"*.txt", b"caf\xe9.txt"])
+def test_a_name_that_is_not_utf8_is_refused_in_one_line(tmp_path, monkeypatch, pattern):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "a.txt", "a")
+    write(Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.txt")), "a")
+    with pytest.raises(InputError, match="the name of a file: character 3 is none of Unicode") as error:
+        expand_files(os.fsdecode(pattern))
+    str(error.value).encode()  # can be printed
+
+
+@pytest.mark.parametrize("pattern", ["x" * 300, "d/" * 3000, "a\0b", "a\0*"])
+def test_names_that_no_file_can_have_are_no_files(pattern):
+    with pytest.raises(InputError, match="no such file"):
+        expand_files(pattern)
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".parquet", ".txt.gz"])
+def test_pipes_and_devices_are_not_read(tmp_path, suffix):
+    os.mkfifo(tmp_path / f"pipe{suffix}")
+    (tmp_path / f"zero{suffix}").symlink_to("/dev/zero")
+    for name in ("pipe", "zero", "*"):
+        with pytest.raises(InputError, match="not a file"):
+            expand_files(f"{tmp_path}/{name}{suffix}")
 
 
 def test_couplets_are_read_from_their_table(tmp_path, monkeypatch):

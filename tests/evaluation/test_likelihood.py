@@ -26,7 +26,7 @@ PROMPT = [9, 20, 31]
 
 @pytest.fixture(scope="module")
 def model():
-    from conftest import TINY
+    from tiny import TINY
 
     model = Transformer(TINY, jax.random.key(2))
     model.ff_out[...] *= 4.0  # clear preferences

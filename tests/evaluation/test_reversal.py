@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import TINY
+from tiny import TINY
 
 from llada_jax.data import sources
-from llada_jax.data.tokenizer import train_tokenizer
+from llada_jax.data.train_tokenizer import train_tokenizer
 from llada_jax.evaluation import reversal
 from llada_jax.model.transformer import Transformer
 

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import os
 import shutil
 import struct
 import threading
@@ -15,7 +16,7 @@ from reference import REFERENCE, copy, load, names_of, tiny_illada, write_illada
 from safetensors.numpy import load_file, save_file
 
 from llada_jax.fields import InputError
-from llada_jax.interop import hf, safetensors_io
+from llada_jax.interop import hf, hf_config, safetensors_io, workdir
 from llada_jax.model.transformer import Transformer
 
 A, SHARDED, BF16 = (REFERENCE / name for name in ("ckpt_a_mha", "ckpt_a_mha_sharded", "ckpt_a_mha_bf16"))
@@ -124,42 +125,71 @@ def entry(name="model.transformer.ln_f.weight", **fields):
     return lambda told: told[name].update(fields)
 
 
+def deep(file, levels):
+    text = b'{"model.x":' + b"[" * levels + b"]" * levels + b"}"
+    file.write_bytes(struct.pack("<Q", len(text)) + text)
+
+
 def cut(file, count):
     file.write_bytes(file.read_bytes()[:count])
 
 
+def replaced(file, kind):
+    """Puts something that is no such file in its place."""
+    shutil.rmtree(file) if file.is_dir() else file.unlink(missing_ok=True)
+    if kind == "directory":
+        file.mkdir()
+    elif kind == "FIFO":
+        os.mkfifo(file)
+    elif kind == "nested":
+        file.write_text('{"a":' * 10**5)
+    else:
+        file.symlink_to({"device": "/dev/zero", "dead link": "gone"}[kind])
+
+
+CORRUPT = "not a safetensors file, truncated or corrupt"
 BROKEN_FILES = {
-    "empty": (lambda f: cut(f, 0), "truncated"),
-    "cut in the length": (lambda f: cut(f, 5), "truncated"),
-    "cut in the header": (lambda f: cut(f, 100), "truncated"),
-    "cut in the data": (lambda f: cut(f, 500_000), "truncated"),
-    "cut by one byte": (lambda f: cut(f, -1), "truncated"),
-    "longer": (lambda f: f.write_bytes(f.read_bytes() + b"\0"), "truncated or corrupt"),
-    "a header of exabytes": (lambda f: f.write_bytes(b"\xff" * 7 + b"\x0f" + f.read_bytes()[8:]), "header of"),
-    "a header of text": (lambda f: f.write_bytes(struct.pack("<Q", 10) + b"x" * 1000), "header is corrupt"),
-    "a deep header": (lambda f: f.write_bytes(struct.pack("<Q", 10**5) + b"[" * 10**5), "header is corrupt"),
-    "a list for a header": (lambda f: f.write_bytes(struct.pack("<Q", 2) + b"[]"), "not an object"),
-    "half floats": (
-        lambda f: with_header(f, entry(dtype="F8_E4M3")),
+    "empty": (lambda f: cut(f, 0), CORRUPT),
+    "cut in the length": (lambda f: cut(f, 5), CORRUPT),
+    "cut in the header": (lambda f: cut(f, 100), CORRUPT),
+    "cut in the data": (lambda f: cut(f, 500_000), CORRUPT),
+    "cut by one byte": (lambda f: cut(f, -1), CORRUPT),
+    "longer": (lambda f: f.write_bytes(f.read_bytes() + b"\0"), CORRUPT),
+    "a header of exabytes": (lambda f: f.write_bytes(b"\xff" * 7 + b"\x0f" + f.read_bytes()[8:]), CORRUPT),
+    "a header of text": (lambda f: f.write_bytes(struct.pack("<Q", 10) + b"x" * 1000), CORRUPT),
+    "a deep header": (lambda f: f.write_bytes(struct.pack("<Q", 10**5) + b"[" * 10**5), CORRUPT),
+    "a deep entry": (lambda f: deep(f, 10**5), CORRUPT),
+    "a list for a header": (lambda f: f.write_bytes(struct.pack("<Q", 2) + b"[]"), CORRUPT),
+    "one-byte floats": (
+        lambda f: with_header(f, entry(dtype="F8_E4M3", shape=[256])),
         "has dtype F8_E4M3; supported are F32, BF16, F16",
     ),
     "integers": (lambda f: with_header(f, entry(dtype="I32")), "has dtype I32"),
-    "no dtype": (lambda f: with_header(f, lambda told: told["model.transformer.ln_f.weight"].pop("dtype")), "ln_f"),
-    "a huge shape": (lambda f: with_header(f, entry(shape=[2**40, 2**40])), "ln_f.weight: bytes"),
-    "a negative shape": (lambda f: with_header(f, entry(shape=[-8, -8])), "ln_f"),
-    "a fractional shape": (lambda f: with_header(f, entry(shape=[64.0])), "ln_f"),
-    "an overlap": (lambda f: with_header(f, entry(data_offsets=[0, 256])), "header is corrupt"),
-    "offsets beyond the file": (lambda f: with_header(f, entry(data_offsets=[2**50, 2**50 + 256])), "corrupt"),
-    "an entry of text": (lambda f: with_header(f, lambda told: told.update({"model.x": "y"})), "tensor model.x"),
+    "half the bytes": (lambda f: with_header(f, entry(dtype="BF16")), CORRUPT),
+    "an unknown dtype": (lambda f: with_header(f, entry(dtype="F33")), CORRUPT),
+    "no dtype": (lambda f: with_header(f, lambda told: told["model.transformer.ln_f.weight"].pop("dtype")), CORRUPT),
+    "a huge shape": (lambda f: with_header(f, entry(shape=[2**40, 2**40])), CORRUPT),
+    "a negative shape": (lambda f: with_header(f, entry(shape=[-8, -8])), CORRUPT),
+    "a fractional shape": (lambda f: with_header(f, entry(shape=[64.0])), CORRUPT),
+    "a shape of 70 axes": (lambda f: with_header(f, entry(shape=[64, *[1] * 69])), "ln_f.weight has shape"),
+    "an overlap": (lambda f: with_header(f, entry(data_offsets=[0, 256])), CORRUPT),
+    "offsets beyond the file": (lambda f: with_header(f, entry(data_offsets=[2**50, 2**50 + 256])), CORRUPT),
+    "an entry of text": (lambda f: with_header(f, lambda told: told.update({"model.x": "y"})), CORRUPT),
     "a tensor renamed": (
         lambda f: with_header(f, lambda t: t.update({"model.x": t.pop("model.transformer.ln_f.weight")})),
         "lacks model.transformer.ln_f.weight",
     ),
-    "a tensor twice": (
-        lambda f: f.write_bytes(f.read_bytes().replace(b"blocks.1.attn_norm", b"blocks.0.attn_norm")),
-        "a name occurs twice",
+    "a tensor of a name of lines": (
+        lambda f: with_header(f, lambda t: t.update({"a\nb" * 999: dict(dtype="F32", shape=[0], data_offsets=[0, 0])})),
+        "holds a ba ba b",
     ),
-}
+    "a tensor twice": (
+        lambda f: f.write_bytes(f.read_bytes().replace(b"blocks.1.attn_norm", b"blocks.0.attn_norm")), CORRUPT,
+    ),
+    "a directory": (lambda f: replaced(f, "directory"), "not a file"),
+    "a FIFO": (lambda f: replaced(f, "FIFO"), "not a file"),
+    "a device": (lambda f: replaced(f, "device"), "not a file"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("defect", BROKEN_FILES)
@@ -169,7 +199,7 @@ def test_a_broken_file_is_named(tmp_path, defect):
     damage(source / "model.safetensors")
     with pytest.raises(InputError, match=words) as error:
         hf.load(source)
-    assert "\n" not in str(error.value) and str(source) in str(error.value)
+    assert "\n" not in str(error.value) and str(source) in str(error.value) and len(str(error.value)) < 1000
 
 
 def edit_index(change):
@@ -196,6 +226,11 @@ BROKEN_DIRECTORIES = {
     "a tensor in two files": (
         lambda d: [(d / safetensors_io.INDEX).unlink(), shutil.copy(d / SECOND, d / "x.safetensors")], "is in ",
     ),
+    **{
+        f"a {kind} for an index": (lambda d, kind=kind: replaced(d / safetensors_io.INDEX, kind), "index.json: not a")
+        for kind in ("directory", "FIFO", "device", "dead link")
+    },
+    "a deep index": (lambda d: (d / safetensors_io.INDEX).write_text('{"weight_map":' * 10**5), "not an index"),
     "an index of nothing": (lambda d: (d / safetensors_io.INDEX).write_text("{}"), "not an index"),
     "an index that is a list": (lambda d: (d / safetensors_io.INDEX).write_text("[]"), "not an index"),
     "an index of paths": (edit_index(lambda m: m.update({WTE: "../x.safetensors"})), r"\.\./x.safetensors is missing"),
@@ -267,7 +302,7 @@ def test_what_orbax_writes_after_it_has_failed_goes_too(tmp_path, monkeypatch):
         threading.Thread(target=write_on).start()
         raise ValueError("RESOURCE_EXHAUSTED: Failed to write 8 bytes: No space left on device")
 
-    monkeypatch.setattr(hf.ocp.training.Checkpointer, "save_checkpointables", fails)
+    monkeypatch.setattr(workdir.ocp.training.Checkpointer, "save_checkpointables", fails)
     with pytest.raises(InputError, match="run: no space left on device; free some"):
         hf.save_workdir(load("ckpt_a_mha"), place)
     assert names_of(tmp_path) == []
@@ -290,11 +325,21 @@ def edit_config(**changes):
     return damage
 
 
-Q_PROJ = "checkpoints/0/model/blocks.q_proj"
+def without_checksums(change):
+    return lambda d: [(d / "checkpoints" / "0" / "checksums.json").unlink(), change(d)]
+
+
+def cut_parameter(d):
+    cut(next(p for p in (d / "checkpoints/0/model/blocks.q_proj").rglob("0") if p.is_file()), 9)
+
+
 BROKEN_WORKDIRS = {
-    "a parameter cut": (lambda d: cut(next(p for p in (d / Q_PROJ).rglob("0") if p.is_file()), 9), "0: damaged"),
-    "no metadata": (lambda d: (d / "checkpoints/0/model/_METADATA").unlink(), "0: holds no model"),
-    "no model": (lambda d: shutil.rmtree(d / "checkpoints/0/model"), "0: holds no model"),
+    "a parameter cut": (cut_parameter, "step 0 is damaged .model/blocks.q_proj/.* has 9 bytes, not"),
+    "a parameter cut, no checksums": (without_checksums(cut_parameter), "0: damaged"),
+    "no metadata, no checksums": (
+        without_checksums(lambda d: (d / "checkpoints/0/model/_METADATA").unlink()), "0: holds no model",
+    ),
+    "no model": (lambda d: shutil.rmtree(d / "checkpoints/0/model"), "0 is damaged .holds no model"),
     "no step": (lambda d: shutil.rmtree(d / "checkpoints/0"), "no complete checkpoint"),
     "no checkpoints": (lambda d: shutil.rmtree(d / "checkpoints"), "no checkpoints/ in it"),
     "another shape": (edit_config(mlp_hidden_size=128), r"makes blocks.ff_out \(3, 64, 128\), .* \(3, 64, 160\)"),
@@ -302,7 +347,7 @@ BROKEN_WORKDIRS = {
     "a field of text": (edit_config(d_model="x"), "d_model is 'x'; it must be a whole number"),
     "a field unknown": (edit_config(depth=3), "config.model.depth: no such field"),
     "no group": (lambda d: (d / "config.json").write_text('{"model": 3}'), "config.model is 3"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("defect", BROKEN_WORKDIRS)
@@ -316,6 +361,71 @@ def test_a_broken_workdir_is_named(tmp_path, tiny, defect):
     with pytest.raises(InputError, match=words) as error:
         hf.load(tmp_path / "run")
     assert "\n" not in str(error.value)
+
+
+KINDS = ["directory", "FIFO", "device", "dead link", "nested"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+def test_what_is_no_file_is_named_and_never_waited_for(tmp_path, name, kind):
+    source = copy(A, tmp_path / "source")
+    replaced(source / name, kind)
+    with pytest.raises(InputError, match=f"source/{name}: not (a file|valid JSON)"):
+        hf.load(source)
+    hf.save_workdir(load("ckpt_a_mha"), tmp_path / "run")
+    if name == "config.json":
+        replaced(tmp_path / "run" / name, kind)
+        with pytest.raises(InputError, match=f"run/{name}: not (a file|valid JSON)"):
+            hf.load(tmp_path / "run")
+
+
+@pytest.mark.parametrize("depth", [10, 90, 500, *range(900, 1000, 5), 2000])
+def test_a_config_nested_however_deep_is_carried_or_refused(tmp_path, depth):
+    text = (A / "config.json").read_text().rstrip().removesuffix("}")
+    for key in ("x", "d_model", "rope_scaling"):
+        where = f"{key} in config.json"
+        try:
+            c = hf_config.read_config(f'{text}, "{key}": {"[" * depth}{"]" * depth}}}', where, "float32", {})
+            assert key == "x" and depth < 100
+            changed = hf_config.write_config(dataclasses.replace(c, rope_theta=3.0), "float32")
+            assert json.loads(changed)["rope_theta"] == 3
+        except InputError as error:
+            assert str(error).startswith(where) and "\n" not in str(error) and len(str(error)) < 500
+            assert key != "x" or depth > 90
+
+
+WRONG_TOKENS = [
+    {"content": "<|eot_id|>", "id": 4294967295}, {"content": "other", "id": 2**31}, {"content": "x", "id": -1},
+    {"content": "<|eot_id|>", "id": 1e400}, {"content": "x", "id": True}, {"content": "x", "id": "7"}, {"id": 7},
+    {"content": ["x"], "id": 7}, {"content": "x"}, 7, None, "x", [],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("token", WRONG_TOKENS, ids=str)
+def test_an_impossible_token_of_tokenizer_json_is_blamed_on_that_file(tmp_path, token):
+    source = copy(A, tmp_path / "source", eot_token_id=...)
+    (source / "tokenizer.json").write_text(json.dumps({"added_tokens": [{"content": "<|eot_id|>", "id": 3}, token]}))
+    with pytest.raises(InputError, match="tokenizer.json: added_tokens "):
+        hf.load(source)
+
+
+@pytest.mark.parametrize("place", ["x" * 300, "a\0b", "/etc/passwd/x", "/proc/x/y", "/dev/zero"])
+def test_a_place_that_cannot_be_is_named(tmp_path, place):
+    model = load("ckpt_b_gqa_tied")
+    for act in (hf.load, hf.load_config, lambda p: hf.save_hf(model, p), lambda p: hf.save_workdir(model, p)):
+        with pytest.raises(InputError, match="no such directory|cannot be written|not an empty directory"):
+            act(place)
+    with pytest.raises(InputError, match="source_dir .*no such directory"):
+        hf.save_hf(model, tmp_path / "out", source_dir=place)
+    assert names_of(tmp_path) == []
+
+
+def test_a_published_checkpoint_may_have_a_path_that_is_not_utf8(tmp_path):
+    source, target = (tmp_path / os.fsdecode(name) for name in (b"m\xff", b"\xfe\xfd"))
+    copy(SHARDED, source)
+    hf.save_hf(hf.load(source), target, "215KB", source_dir=source)
+    assert names_of(target) == names_of(SHARDED)
 
 
 def test_a_mesh_of_other_axes_is_refused():

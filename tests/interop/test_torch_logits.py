@@ -9,7 +9,8 @@ import pytest
 from reference import REFERENCE, load, names_of, tiny_illada, vectors, write_illada
 
 from llada_jax.fields import InputError
-from llada_jax.interop import hf, tensor_names
+from llada_jax.interop import hf
+from llada_jax.interop.families import FAMILIES
 from llada_jax.model.transformer import Transformer
 from llada_jax.tools import convert_checkpoint, torch_logits
 
@@ -58,9 +59,9 @@ def test_verify_reads_both_sides_where_both_are_published_and_one_is_rounded(tmp
 def test_a_mistake_that_reading_and_writing_share_is_found_by_pytorch(tmp_path, monkeypatch):
     hf.save_workdir(load("ckpt_a_mha"), tmp_path / "run")
     assert "no published files to compare with PyTorch" in convert(tmp_path / "run", tmp_path / "copy", "orbax")
-    family = tensor_names.FAMILIES["llada"]
-    q, k = "blocks.q_proj", "blocks.k_proj"
-    monkeypatch.setitem(tensor_names.FAMILIES, "llada", family | {q: family[k], k: family[q]})
+    family, (q, k) = FAMILIES["llada"], ("blocks.q_proj", "blocks.k_proj")
+    exchanged = {**family.names, q: family.names[k], k: family.names[q]}
+    monkeypatch.setitem(FAMILIES, "llada", dataclasses.replace(family, names=exchanged))
     with pytest.raises(InputError, match="PyTorch computes other logits from the target"):
         convert(tmp_path / "run", tmp_path / "out", "hf")
     with pytest.raises(InputError, match="PyTorch computes other logits from the source"):

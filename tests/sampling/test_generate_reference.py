@@ -14,8 +14,8 @@ from reference import REFERENCE, load, vectors
 import llada_jax
 from llada_jax.fields import InputError
 from llada_jax.model.transformer import Transformer
-from llada_jax.sampling import rules
-from llada_jax.sampling.generate import Options, denoise
+from llada_jax.sampling import denoise, rules
+from llada_jax.sampling.generate import _completion
 
 ARRAYS, META = vectors("generate")
 DRAWN = {"g15_random_remasking", "g16_temperature"}
@@ -36,11 +36,12 @@ def reverse_with(case, draws, **changes):
     """[start, and the state after every step] of the compiled program for the arguments of a case and given draws."""
     arrays, meta = ARRAYS[case], META[case]
     kwargs = meta["kwargs"] | dict(eos_id=meta["eos_id"], eot_id=meta["eot_id"]) | changes
-    del kwargs["gen_length"]
-    options = Options(start=arrays["prompt"].shape[1], **kwargs)
-    canvas = jnp.asarray(arrays["x_steps"][0])
-    sampled = denoise(load(meta["ckpt"]), canvas, None, jax.random.key(0), options, draws)
-    return np.concatenate([canvas[None], sampled.trajectory(options.steps, options.mask_id)])
+    job = _completion(load(meta["ckpt"]), arrays["prompt"], None, kwargs.pop("gen_length"), kwargs)
+    more = job.canvas.shape[1] - job.length
+    draws = [None if x is None else jnp.pad(x, [(0, 0), (0, 0), (more, 0)] + [(0, 0)] * (x.ndim - 3)) for x in draws]
+    canvas, visible = jnp.asarray(job.canvas), jnp.asarray(job.visible)
+    stats = job._stats(denoise.run(job.weights, canvas, visible, job.program, job.settings, tuple(draws)))
+    return np.concatenate([arrays["x_steps"][:1], stats.trajectory(kwargs["steps"])])
 
 
 @pytest.mark.parametrize("case", sorted(set(META) - DRAWN - CORRECTED))
@@ -77,7 +78,7 @@ def test_noise_decides_as_the_official_float64_noise_does(temperature):
     arrays = ARRAYS["gumbel"]
     uniform, result = arrays.get(f"uniform_t{temperature}"), arrays[f"result_t{temperature}"]
     noise = None if uniform is None else gumbel_noise(uniform)
-    chosen = rules.sample_tokens(jax.random.key(0), arrays["logits"], temperature, -1, noise_BWV=noise)
+    chosen = rules.sample_tokens(jax.random.key(0), arrays["logits"], temperature, noise_BWV=noise)
     np.testing.assert_array_equal(chosen, result.argmax(-1))
     if temperature:
         score = arrays["logits"] + temperature * np.asarray(noise)
@@ -148,9 +149,9 @@ def test_eos_and_eot_are_held_back_at_a_temperature(rng):
 
 def test_noise_of_a_row_depends_on_its_number_alone():
     key, draw = jax.random.key(3), jax.random.gumbel
-    noise = jax.jit(rules._gumbel, static_argnums=1)
-    three = noise(key, (3, 4, 8), jnp.asarray([7, 6, 5, 4]))
-    np.testing.assert_array_equal(three[:2, 1:3], noise(key, (2, 2, 8), jnp.asarray([6, 5])))
+    noise = jax.jit(lambda rows, columns: rules._gumbel(rules._keys(key, rows, columns), 8))
+    three = noise(jnp.arange(3), jnp.asarray([7, 6, 5, 4]))
+    np.testing.assert_array_equal(three[1:, 1:3], noise(jnp.asarray([1, 2]), jnp.asarray([6, 5])))
     at_once = [draw(key, (rows, 4, 8), mode="high")[0] for rows in (1, 3)]
     assert (at_once[0] != at_once[1]).any()  # why it is not drawn for the batch at once
 
@@ -208,7 +209,7 @@ def test_more_steps_than_masks_change_nothing(rng):
         (dict(prompt=[[5, -1]]), "the prompt holds -1, outside"),
         (dict(prompt=[[5]], mask_id=600), "mask_id 600, outside"),
         (dict(prompt=[[5, 6]], attention_mask=[[1]]), r"attention_mask has shape \(1, 1\), the prompt \(1, 2\)"),
-        (dict(prompt=[[5]], cfg_scale=-0.5), "cfg_scale -0.5 is negative"),
+        (dict(prompt=[[5]], cfg_scale=-0.5), "cfg_scale is -0.5; it must be a number from 0"),
     ],
 )
 def test_impossible_prompts_are_named(arguments, message):

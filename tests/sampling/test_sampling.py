@@ -1,23 +1,25 @@
 """The reverse process against a plain Python loop, and the laws of its parts."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
+import plain
 import pytest
 
+from llada_jax import inputs
 from llada_jax.fields import InputError
 from llada_jax.model.transformer import Transformer
-from llada_jax.sampling import prompts, rules
-from llada_jax.sampling.generate import Options, denoise, generate, infill, sample
+from llada_jax.parallel.mesh import make_mesh
+from llada_jax.sampling import denoise, rules
+from llada_jax.sampling.cache import prepare
+from llada_jax.sampling.generate import generate, infill, stream
 
 MASK = 3
 
 
 @pytest.fixture(scope="module")
 def model():
-    from conftest import TINY
+    from tiny import TINY
 
     model = Transformer(TINY, jax.random.key(2))
     model.ff_out[...] = model.ff_out[...] * 8.0  # clear preferences
@@ -78,7 +80,7 @@ def test_masks_in_the_prompt_are_filled_with_a_quota_of_their_own(model, rng):
 
 def test_a_row_does_not_depend_on_its_neighbours_or_on_padding(model, rng):
     rows = [list(rng.integers(7, 60, n)) for n in (6, 3, 5)]
-    tokens, real = prompts.left_pad(rows, 2)
+    tokens, real = inputs.left_pad(rows, 2)
     options = dict(gen_length=8, steps=4, block_length=4)
     together = np.asarray(generate(model, tokens, real, **options))
     for i, row in enumerate(rows):
@@ -99,9 +101,9 @@ def test_eos_and_eot_are_committed_last_at_any_temperature(temperature):
     """The official sampler holds EOS back only at temperature 0 (its issues 137 and 139)."""
     eos, eot = 5, 6
     logits = jnp.zeros((1, 4, 8)).at[0, 0, eos].set(60.0).at[0, 1, eot].set(60.0).at[0, 2:, 1].set(50.0)
-    chosen = rules.sample_tokens(jax.random.key(0), logits, temperature, MASK)
+    chosen = rules.sample_tokens(jax.random.key(0), rules.without(logits, MASK), temperature)
     np.testing.assert_array_equal(np.asarray(chosen)[0], [eos, eot, 1, 1])
-    score = rules.confidence(logits, chosen, (eos, eot))
+    score = rules.confidence(rules.without(logits, eos, eot), chosen)
     everything = jnp.ones((1, 4), bool)
     two = np.asarray(rules.commit_top_k(score, everything, jnp.asarray([2])))[0]
     np.testing.assert_array_equal(two, [False, False, True, True])
@@ -111,14 +113,18 @@ def test_eos_and_eot_are_committed_last_at_any_temperature(temperature):
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_mask_is_never_chosen(temperature):
     logits = jnp.zeros((4, 50, 8)).at[..., MASK].set(30.0)
-    assert not np.any(np.asarray(rules.sample_tokens(jax.random.key(0), logits, temperature, MASK)) == MASK)
+    assert not np.any(
+        np.asarray(rules.sample_tokens(jax.random.key(0), rules.without(logits, MASK), temperature)) == MASK
+    )
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0])
 def test_sampling_follows_the_tempered_softmax(temperature):
     logits = jnp.asarray([0.0, 1.0, -2.0, 9.0, 2.0, -4.0])
     draws = np.asarray(
-        rules.sample_tokens(jax.random.key(1), jnp.broadcast_to(logits, (1, 40_000, 6)), temperature, MASK)
+        rules.sample_tokens(
+            jax.random.key(1), rules.without(jnp.broadcast_to(logits, (1, 40_000, 6)), MASK), temperature
+        )
     )
     p = np.exp(np.delete(np.asarray(logits, np.float64), MASK) / temperature)
     p /= p.sum()
@@ -130,7 +136,7 @@ def test_sampling_follows_the_tempered_softmax(temperature):
 def test_the_far_tail_can_be_drawn():
     """A token 18 logits below the best among 126,463 like it: 0.19% right, never drawn by ordinary float32 noise."""
     logits = jnp.full((1, 64, 126_464), -18.0).at[..., 0].set(0.0)
-    other = sum(int((rules.sample_tokens(jax.random.key(i), logits, 1.0, MASK) != 0).sum()) for i in range(24))
+    other = sum(int((rules.sample_tokens(jax.random.key(i), logits, 1.0) != 0).sum()) for i in range(24))
     assert 0 < other < 12  # 2.9 expected of 1,536
 
 
@@ -147,34 +153,195 @@ def test_quota_spreads_evenly_with_the_remainder_first(masks, steps):
     assert sum(counts) == masks and counts == sorted(counts, reverse=True) and counts[0] - counts[-1] <= 1
 
 
-def test_one_program_serves_every_prompt_of_a_shape(model, rng):
-    options = dict(gen_length=4, steps=2, block_length=4)
-    generate(model, rng.integers(7, 60, (2, 9)), **options)
-    before = denoise._cache_size()
-    with_masks = rng.integers(7, 60, (2, 9))
-    with_masks[0, 2:4] = with_masks[1, 0] = MASK
-    assert not np.any(generate(model, with_masks, **options) == MASK)
-    assert denoise._cache_size() == before
-    padded = np.ones((2, 9), np.int32)
-    generate(model, with_masks, padded, **options)
-    padded[0, :3] = 0
-    generate(model, with_masks, padded, **options)
-    assert denoise._cache_size() == before + 1  # with an attention mask it is another one, whatever it hides
+def test_nothing_compiles_again_within_a_bucket(model, rng):
+    """30 calls: prompt lengths, masks in them, padding, temperature, guidance, thresholds and step counts differ."""
+    kinds = (dict(cfg_scale=0.5), dict(threshold=0.3), dict(cache="dual", remasking="random"))
+    for kind in kinds:
+        generate(model, rng.integers(7, 60, (2, 9)), gen_length=8, block_length=4, **kind)
+    before = denoise.run._cache_size()
+    for i in range(30):
+        prompt = rng.integers(7, 60, (2, 3 + i % 20))
+        prompt[i % 2, 1] = MASK if i % 3 else 8
+        real = np.ones(prompt.shape, np.int32)
+        real[0, : i % 2] = 0
+        options = dict(temperature=i % 4 / 2, key=jax.random.key(i), logits_eos_inf=i % 5 == 0)
+        kind = dict(kinds[i % 3])
+        kind |= [dict(cfg_scale=0.1 + i), dict(threshold=i / 30), dict(refresh_every=i % 4)][i % 3]
+        if "threshold" not in kind:
+            options["steps"] = 2 + 2 * (i % 6)
+        tokens = generate(model, prompt, real, gen_length=4 * (1 + i % 2), block_length=4, **options, **kind)
+        assert not np.any(np.asarray(tokens)[real.sum(1).argmax()] == MASK)
+    assert denoise.run._cache_size() == before
 
 
 def test_windows_before_the_block_see_what_one_wide_window_sees(model, rng):
     """A prompt of 30 with masks in three windows of 4, filled while the first block is, in any remasking."""
     prompt = rng.integers(7, 60, (2, 30))
     prompt[0, [1, 2, 17, 29]] = prompt[1, 22] = MASK
+    canvas = np.concatenate([prompt, np.full((2, 4), MASK)], 1)
     for options in (dict(temperature=0.7), dict(remasking="random")):
-        narrow = sample(model, prompt, gen_length=4, steps=3, block_length=4, **options)
-        canvas = jnp.asarray(np.concatenate([prompt, np.full((2, 4), MASK)], 1), jnp.int32)
-        whole: Any = dict(temperature=0.0, remasking="low_confidence") | options
-        ids = model.config.eos_token_id, model.config.eot_token_id
-        wide = Options(0, 34, 3, whole["temperature"], 0.0, whole["remasking"], False, False, MASK, *ids)
-        wide = denoise(model, canvas, None, jax.random.key(0), wide)
+        _, narrow = generate(model, prompt, gen_length=4, steps=3, block_length=4, return_stats=True, **options)
+        wide = infill(model, canvas, steps=3, **options)
         np.testing.assert_array_equal(narrow.tokens, wide.tokens)
         np.testing.assert_array_equal(narrow.step, wide.step)
+
+
+@pytest.mark.parametrize("cache", ["none", "dual", "two_block"])
+def test_a_stream_ends_where_generate_does_and_shows_the_way(model, rng, cache):
+    prompt = rng.integers(7, 60, (2, 5))
+    options = dict(gen_length=12, block_length=4, threshold=0.2, cache=cache)
+    tokens, stats = generate(model, prompt, **options, return_stats=True)
+    updates = list(stream(model, prompt, **options))
+    assert [u.done for u in updates] == [False] * (len(updates) - 1) + [True]
+    np.testing.assert_array_equal([u.tokens for u in updates], stats.trajectory())
+    for name in ("step", "probability", "full_passes", "window_passes"):
+        np.testing.assert_array_equal(getattr(updates[-1], name), getattr(stats, name))
+    blocks = list(stream(model, prompt, every="block", **options))
+    assert [int((u.tokens[:, 5:] != MASK).sum()) for u in blocks] == [8, 16, 24]
+    np.testing.assert_array_equal(blocks[-1].tokens, tokens)
+
+
+def test_a_stream_that_is_left_computes_no_more(model, rng):
+    """A caller that stops reading between steps has made the passes that it saw, and no other."""
+    updates = stream(model, rng.integers(7, 60, (1, 5)), gen_length=8)
+    first = next(updates)
+    updates.close()
+    assert first.full_passes == 1 and (first.tokens[:, 5:] != MASK).sum() == 1
+
+
+def by_hand_cached(model, prompt, *, gen_length, block_length, threshold, cache, look_around=0):
+    """The block-wise caches by their definition: keys and values of a column change only when a pass computes it.
+
+    Float64 NumPy (tests/plain.py); a pass over some columns sees the others as they were when last computed.
+    """
+    c, weights = model.config, plain.parameters(model)
+    B, P = prompt.shape
+    S, W = P + gen_length, block_length
+    canvas = np.concatenate([prompt, np.full((B, gen_length), MASK)], 1)
+    states, passes, kept = [], [], None
+    for block in range(gen_length // W):
+        begin, end = P + block * W, P + (block + 1) * W
+        first = True
+        while (canvas[:, begin:end] == MASK).any():
+            columns = np.arange(max(begin - look_around, 0), min(end + look_around, S))
+            if first and (cache == "dual" or block == 0):
+                columns = np.arange(S)
+            elif first:
+                columns = np.arange(begin - W, min(end + look_around, S))
+            passes.append(len(columns) == S and first)
+            logits, kept = plain.forward_columns(weights, c, canvas, columns, kept)
+            first = False
+            p = np.exp(plain.log_softmax(logits))
+            p[..., MASK] = 0
+            open_ = canvas[:, columns] == MASK
+            open_ &= (columns >= begin) & (columns < end)
+            best = np.where(open_, p.max(-1), -1)
+            commit = open_ & ((p.max(-1) >= threshold) | (best == best.max(1, keepdims=True)))
+            canvas[:, columns] = np.where(commit, p.argmax(-1), canvas[:, columns])
+            states.append(canvas.copy())
+    return np.stack(states), sum(passes)
+
+
+@pytest.mark.parametrize("cache, look_around", [("dual", 0), ("dual", 3), ("two_block", 0), ("two_block", 2)])
+def test_caches_keep_what_they_say(model, rng, cache, look_around):
+    prompt = rng.integers(7, 60, (2, 7))
+    options = dict(gen_length=16, block_length=4, threshold=0.15, cache=cache)
+    states, full = by_hand_cached(model, prompt, **options, look_around=look_around)
+    _, stats = generate(model, prompt, **options, look_around=look_around, return_stats=True)
+    np.testing.assert_array_equal(stats.trajectory(), states)
+    assert stats.full_passes == full and stats.window_passes == len(states) - full
+
+
+@pytest.mark.parametrize("threshold", [None, 0.2])
+def test_the_exact_cache_is_the_block_causal_model_computed_anew(model, rng, threshold):
+    """Clean blocks never see noisy ones, so their keys do not change: equal to full passes under that mask."""
+    prompt = rng.integers(7, 60, (2, 9))
+    options = dict(gen_length=16, block_length=4, cache="exact", threshold=threshold, return_stats=True)
+    cached, anew = (generate(model, prompt, **options, refresh_every=n)[1] for n in (0, 1))
+    np.testing.assert_array_equal(cached.trajectory(), anew.trajectory())
+    assert cached.full_passes == 1 and anew.window_passes == 0
+    # and that is the model under a block-causal mask, counted from the prompt's end
+    canvas = np.concatenate([prompt, np.full((2, 16), MASK)], 1)
+    block = (np.arange(25) - 9) // 4
+    logits = plain.forward(plain.parameters(model), model.config, canvas, (block[:, None] >= block)[None])
+    p = np.exp(plain.log_softmax(logits))
+    p[..., MASK] = 0
+    states = cached.trajectory()
+    committed = states[0] != canvas
+    assert (p.argmax(-1)[committed] == states[0][committed]).all() and not committed[:, 13:].any()
+
+
+def test_guidance_works_with_every_cache(model, rng):
+    prompt = rng.integers(7, 60, (2, 6))
+    options = dict(gen_length=8, block_length=4, cfg_scale=1.5, return_stats=True)
+    plain_ = generate(model, prompt, **options)[1].trajectory()
+    for cache in ("prefix", "dual", "two_block"):
+        anew = generate(model, prompt, **options, cache=cache, refresh_every=1)[1]
+        np.testing.assert_array_equal(anew.trajectory(), plain_)
+        cached = generate(model, prompt, **options, cache=cache)[1]
+        assert cached.window_passes and not np.any(np.asarray(cached.tokens) == MASK)
+    first = [generate(model, prompt, **options, cache=c)[1].trajectory()[0] for c in ("dual", "two_block")]
+    np.testing.assert_array_equal(first, [plain_[0]] * 2)
+
+
+@pytest.mark.parametrize("cache", ["none", "dual", "two_block"])
+def test_stopping_early_changes_nothing_before_the_end(model, rng, cache):
+    """Per row and for the batch; what follows a finished row's last block is filled up with EOS."""
+    prompt = rng.integers(7, 60, (3, 6))
+    options = dict(gen_length=16, block_length=4, cache=cache)
+    free = np.asarray(generate(model, prompt, **options))[:, 6:]
+    eos = int(free[0, 5])  # in the second block of the first row at the latest
+    _, stopped = generate(model, prompt, **options, eos_id=eos, stop_at_eos=True, return_stats=True)
+    ended = np.asarray(stopped.tokens)[:, 6:]
+    for row in range(3):
+        found = np.flatnonzero(free[row] == eos)
+        last = 16 if not len(found) else (found[0] // 4 + 1) * 4
+        alone = np.asarray(generate(model, prompt[row : row + 1], **options, eos_id=eos, stop_at_eos=True))[0, 6:]
+        np.testing.assert_array_equal(ended[row, :last], free[row, :last])
+        np.testing.assert_array_equal(ended[row], alone)
+        assert (ended[row, last:] == eos).all()
+    assert (free[0] == eos).any() and stopped.full_passes + stopped.window_passes <= 16
+
+
+def test_prompts_of_different_lengths_are_a_list(model, rng):
+    rows = [rng.integers(7, 60, n).tolist() for n in (6, 3, 9)]
+    together = np.asarray(generate(model, rows, gen_length=8, block_length=4))
+    assert together.shape == (3, 17)
+    for row, tokens in zip(rows, together, strict=True):
+        alone = np.asarray(generate(model, [row], gen_length=8, block_length=4))
+        np.testing.assert_array_equal(tokens[-8:], alone[0, -8:])
+
+
+@pytest.mark.parametrize("cache", ["dual", "two_block"])
+def test_infilling_in_blocks_with_a_cache(model, rng, cache):
+    canvas = rng.integers(7, 60, (2, 22))
+    canvas[0, [3, 4, 12, 13, 14, 20]] = canvas[1, [8, 9, 21]] = MASK
+    filled = infill(model, canvas, block_length=4, cache=cache)
+    assert not np.any(np.asarray(filled.tokens) == MASK) and filled.window_passes
+    np.testing.assert_array_equal(np.asarray(filled.step) >= 0, canvas == MASK)
+    anew = infill(model, canvas, block_length=4, cache=cache, refresh_every=1)
+    np.testing.assert_array_equal(anew.tokens, infill(model, canvas, block_length=4).tokens)
+
+
+@pytest.mark.parametrize(
+    "sizes, options",
+    [
+        (dict(data=2, fsdp=2, tensor=2), dict(cache="dual", threshold=0.2)),
+        (dict(data=1, fsdp=4, tensor=2), dict(cache="two_block", temperature=0.7)),
+        (dict(data=2, fsdp=1, tensor=2, context=2), dict(remasking="random")),
+    ],
+)
+def test_a_mesh_gives_the_tokens_of_one_device(model, rng, sizes, options):
+    prompt = rng.integers(7, 60, (3, 7))
+    alone = np.asarray(generate(model, prompt, gen_length=8, block_length=4, **options))
+    mesh = make_mesh(dict(context=1) | sizes)
+    with jax.set_mesh(mesh):
+        spread = jax.jit(lambda key: Transformer(model.config, key))(jax.random.key(0))
+        place = lambda x, like: jax.device_put(x, like.sharding)
+        spread = jax.tree.map(place, model, spread)
+        weights = prepare(spread, gather="temperature" not in options)
+        found = generate(weights, prompt, gen_length=8, block_length=4, **options)
+        np.testing.assert_array_equal(found, alone)
 
 
 @pytest.mark.parametrize(
@@ -182,15 +349,22 @@ def test_windows_before_the_block_see_what_one_wide_window_sees(model, rng):
     [
         (dict(gen_length=10, block_length=4), "gen_length 10 is not a multiple of block_length 4"),
         (dict(gen_length=8, block_length=4, steps=5), "steps 5 is not a multiple of the number of blocks, 2"),
-        (dict(gen_length=64), "exceed the model's context of 64 tokens"),
-        (dict(temperature=-1.0), "temperature -1.0 is negative"),
-        (dict(temperature=float("nan")), "temperature nan is not a finite number"),
-        (dict(temperature="hot"), "temperature 'hot' is not a finite number"),
-        (dict(cfg_scale=None), "cfg_scale None is not a finite number"),
-        (dict(remasking="hope"), "remasking 'hope'"),
-        (dict(steps=8.0), "steps 8.0 is not a whole number"),
+        (dict(gen_length=64), "70 tokens exceed the model's context of 64 tokens"),
+        (dict(temperature=-1.0), "temperature is -1.0; it must be a number from 0 to"),
+        (dict(temperature=float("nan")), "temperature is nan; it must be a number"),
+        (dict(temperature="hot"), "temperature is 'hot'; it must be a number"),
+        (dict(cfg_scale=None), "cfg_scale is None; it must be a number"),
+        (dict(remasking="hope"), "remasking is 'hope'; it must be one of low_confidence, margin, entropy, random"),
+        (dict(cache="all"), "cache is 'all'; it must be one of none, prefix, dual, two_block, exact"),
+        (dict(steps=8.0), "steps is 8.0; it must be a whole number from 1 to .*, or None"),
+        (dict(steps=0), "steps is 0; it must be"),
+        (dict(threshold=0.9), "steps and threshold exclude each other"),
+        (dict(steps=None, threshold=0.9, factor=1), "threshold and factor exclude each other"),
+        (dict(steps=None, threshold=1.5), "threshold is 1.5; it must be a number from 0 to 1, or None"),
+        (dict(look_around=2), "look_around needs the cache dual or two_block"),
         (dict(eos_id=64), "eos_id 64, outside the 64 rows"),
-        (dict(mask_id="x"), "mask_id 'x' is not a whole number"),
+        (dict(mask_id="x"), "mask_id is 'x'; it must be a whole number"),
+        (dict(remaskin="random"), "remaskin: no such field; did you mean remasking"),
         (dict(key=0), "key must be one key, such as jax.random.key.*, not int"),
         (dict(key=np.ones(2)), "not ndarray of shape"),
         (dict(key=jax.random.split(jax.random.key(0))), r"not PRNGKeyArray of shape \(2,\)"),
@@ -209,7 +383,8 @@ def test_impossible_requests_are_named(model, options, message):
     [
         (np.zeros((1, 0)), "prompt is empty"),
         (np.full((1, 6), 9.0), "the prompt holds float64, not token ids"),
-        ([[1], [2, 3]], "prompt is no array"),
+        ([[1], [2, "x"]], "prompt is no array|the prompt holds"),
+        ([[1], []], "the prompt is empty"),
     ],
 )
 def test_prompts_that_are_none_are_named(model, prompt, message):
@@ -233,8 +408,8 @@ def test_infilling_fills_masks_and_nothing_else(model, rng):
     np.testing.assert_array_equal(np.asarray(sampled.step) >= 0, canvas == MASK)
     for text, options, message in [
         (np.full((1, 4), 9), {}, "holds no mask"),
-        (canvas, dict(steps=0), "steps must be positive"),
-        (canvas, dict(temperature=-1.0), "temperature -1.0 is negative"),
+        (canvas, dict(block_length=10), "block_length 10 is above 9, the length of the text"),
+        (canvas, dict(variable_length=True), "a text with masks to fill has its length"),
         (np.full((1, 65), MASK), {}, "65 tokens exceed the model's context of 64"),
         (canvas + 64, {}, "outside the 64 rows"),
     ]:

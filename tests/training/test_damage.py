@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llada_jax.data import pipeline
-from llada_jax.data.pipeline import DamagedRow, batches, open_dataset, ordered
+from llada_jax.data import KINDS
+from llada_jax.data.dataset import DamagedRow, open_dataset
+from llada_jax.data.pipeline import batches, ordered
 from llada_jax.data.prepare import prepare_dataset
 from llada_jax.data.tokenizer import load_tokenizer
 from llada_jax.fields import InputError, RunFailed
@@ -23,7 +24,7 @@ DIALOGUES = [
 
 
 def prepared(path, kind="text", row_length=32, **options):
-    contents = {"texts": TEXTS, "packing": "document"} if kind == "text" else {"dialogues": DIALOGUES}
+    contents = {"items": TEXTS, "packing": "document"} if kind == "text" else {"items": DIALOGUES}
     prepare_dataset(
         path, kind=kind, tokenizer=TOKENIZER, row_length=row_length, rows_per_shard=20, workers=1, progress=False,
         **contents | options,
@@ -33,7 +34,7 @@ def prepared(path, kind="text", row_length=32, **options):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    return {kind: prepared(tmp_path_factory.mktemp(kind) / "d", kind, 64) for kind in pipeline.KINDS}
+    return {kind: prepared(tmp_path_factory.mktemp(kind) / "d", kind, 64) for kind in KINDS}
 
 
 def flip(path, at):
@@ -117,7 +118,7 @@ def test_a_damaged_row_stops_the_batches_in_one_line(tmp_path, whole):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("kind", pipeline.KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_skipping_changes_no_other_row_and_no_order(tmp_path, whole, kind):
     path, rows = damaged_copy(whole[kind], tmp_path / "d")
     told = []
@@ -136,7 +137,7 @@ def test_skipping_changes_no_other_row_and_no_order(tmp_path, whole, kind):
     assert all("cannot be read" in cause and "stands in" in action for _, cause, action in told)
 
 
-@pytest.mark.parametrize("kind", pipeline.KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_stand_ins_are_the_same_on_any_number_of_hosts_and_from_any_start(tmp_path, whole, kind):
     path, _ = damaged_copy(whole[kind], tmp_path / "d")
     again = lambda: ordered([open_dataset(path)], seed=3, on_damage=lambda *_: None)
@@ -233,7 +234,7 @@ def append(path):
 
 def rewrite(directory, texts):
     shutil.rmtree(directory)
-    prepared(directory, texts=texts, row_length=64)
+    prepared(directory, items=texts, row_length=64)
 
 
 @pytest.mark.parametrize("change", CHANGES)

@@ -7,7 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from llada_jax.data.pipeline import open_dataset, ordered
+from llada_jax.data.dataset import open_dataset
+from llada_jax.data.pipeline import ordered
 from llada_jax.fields import InputError
 from llada_jax.interop.workdir import load_config, load_model
 from llada_jax.model.config import model_config

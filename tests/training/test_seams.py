@@ -77,7 +77,7 @@ def plain_loss_and_gradients(config, batch):
 
 @pytest.fixture(scope="module")
 def wanted(request):
-    from conftest import TINY
+    from tiny import TINY
 
     return plain_loss_and_gradients(TINY, make_batch())
 

@@ -231,7 +231,7 @@ def test_a_published_model_is_sampled_from_as_it_is_and_converted(tmp_path, caps
     for wrong in (dict(steps=0), dict(block_length=0), dict(prompt=["[MASK*9999999999]"])):
         with (
             flagsaver.flagsaver(**(dict(checkpoint=str(source), prompt=["a"], gen_length=4) | wrong)),
-            pytest.raises(InputError, match="must be positive|more masks than any model"),
+            pytest.raises(InputError, match="it must be a whole number from 1|more masks than any model"),
         ):
             sample.main([])
 
