@@ -8,20 +8,29 @@ from ml_collections import config_flags
 
 from llada_jax import cli
 from llada_jax.fields import InputError
-from llada_jax.parallel import processes
-from llada_jax.training.run import train
+from llada_jax.parallel import join
+from llada_jax.training import preemption
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, logs and the resolved config go.")
 _ALLOW = flags.DEFINE_bool("allow_config_change", False, "Continue a run with another config.optimizer.schedule.")
 
 
-def main(_argv: list[str]) -> None:
-    if _CONFIG.value is None or not _WORKDIR.value:
+def main(argv: list[str]) -> None:
+    workdir = _WORKDIR.value
+    if _CONFIG.value is None or not workdir:
         raise InputError("--config=configs/NAME.py and --workdir=DIR are needed")
-    train(_CONFIG.value, _WORKDIR.value, allow_config_change=_ALLOW.value)
+    with preemption.Signals() as signals:  # before JAX is imported, which takes seconds
+
+        def train(_argv: list[str]) -> None:
+            from llada_jax.training import run
+
+            run.train(_CONFIG.value, workdir, allow_config_change=_ALLOW.value, signals=signals)
+
+        signals.before_end.append(join.tell_failure)
+        join.joined(train)(argv)
 
 
 if __name__ == "__main__":
-    processes.define_flags()
-    cli.run(processes.joined(main))
+    join.define_flags()
+    cli.run(main)
