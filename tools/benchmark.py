@@ -29,6 +29,7 @@ from llada_jax.config import run_config
 from llada_jax.fields import InputError
 from llada_jax.model.config import PRESETS, ModelConfig
 from llada_jax.objectives import OBJECTIVES
+from llada_jax.parallel.chips import peak_flops
 from llada_jax.parallel.mesh import global_batch, make_mesh
 from llada_jax.training.step import init_state, make_train_step
 
@@ -137,7 +138,7 @@ def _peak_bytes(name: str) -> int:
 def train() -> None:
     """Steps of each program in turn, and a row of the table for each."""
     from llada_jax.model.transformer import parameter_count
-    from llada_jax.training.metrics import PEAK_FLOPS, flops_per_step
+    from llada_jax.training.metrics import flops_per_step
 
     c, rows, length = shape()
     names = ["jax", "torch"] if TORCH.value else ["jax"]
@@ -164,7 +165,7 @@ def train() -> None:
     )
     print("| | s/step | spread (10-90%) | tokens/s | TFLOP/s | MFU | peak GB | compile s |\n" + "|---" * 8 + "|")
     flops = flops_per_step(c, rows, length, scored=rows * length / 2)
-    peak = next((f for kind, f in PEAK_FLOPS.items() if facts["device"].startswith(kind)), None)
+    peak = peak_flops(facts["device"])
     for name in names:
         seconds = sorted(t["seconds"] for t in told[name])
         median, cut = statistics.median(seconds), len(seconds) // 10

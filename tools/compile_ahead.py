@@ -23,10 +23,10 @@ from ml_collections import config_flags
 
 from llada_jax import cli
 from llada_jax.fields import InputError
-from llada_jax.tools.ahead.chips import parse_topology
 from llada_jax.tools.ahead.compile import compile_step
 from llada_jax.tools.ahead.estimate import report
 from llada_jax.tools.ahead.search import search
+from llada_jax.tools.ahead.slices import parse_topology
 from llada_jax.tools.ahead.text import describe, ranking
 
 TOPOLOGY = flags.DEFINE_string("topology", None, "The slice, such as v5e:16x16 or v5p-128.")

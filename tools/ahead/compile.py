@@ -19,9 +19,10 @@ from jax.sharding import PartitionSpec as P
 from llada_jax.config import RunConfig
 from llada_jax.fields import InputError
 from llada_jax.model.config import ModelConfig, model_config
+from llada_jax.parallel.chips import GIB
 from llada_jax.parallel.mesh import make_mesh, require_divides, rows_sharding
 from llada_jax.tools.ahead import hlo
-from llada_jax.tools.ahead.chips import GIB, Slice, absent_devices
+from llada_jax.tools.ahead.slices import Slice, absent_devices
 from llada_jax.training import run as train
 from llada_jax.training.step import init_state
 
