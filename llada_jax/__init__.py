@@ -11,6 +11,7 @@ _HOMES = {
     "log_likelihood": "evaluation.likelihood",
     "log_likelihood_from_masks": "evaluation.likelihood",
     "pretrain_loss": "objectives.diffusion",
+    "save_adapter": "interop.hf",
     "save_hf": "interop.hf",
     "sft_loss": "objectives.diffusion",
     "stream": "sampling.generate",

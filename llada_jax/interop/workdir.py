@@ -24,6 +24,7 @@ from orbax.checkpoint import v1 as ocp
 from llada_jax.config import run_config
 from llada_jax.fields import InputError
 from llada_jax.files import COMMIT, damage, read_json, require_files, write_checksums
+from llada_jax.model import quantize as quantized
 from llada_jax.model.config import ModelConfig, model_config
 from llada_jax.model.transformer import Transformer
 from llada_jax.parallel import processes
@@ -195,19 +196,20 @@ def frugal(arrays: Iterable[Any], *, ocdbt: bool = True) -> Any:
     return context
 
 
-def abstract_model(config: ModelConfig, mesh) -> Transformer:
-    """The shapes, dtypes and shardings of a model's parameters; no parameter is made.
+def abstract_model(config: ModelConfig, mesh, quantize: str | None = None) -> Transformer:
+    """The shapes, dtypes and shardings of a model's parameters, "int8" or as ever; no parameter is made.
 
     The shardings are concrete: eval_shape alone gives those of an abstract mesh, which Orbax rejects.
     """
+    make: Any = lambda key: (quantized.quantize if quantize else lambda x: x)(Transformer(config, key))
     if mesh is None:
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        like = jax.eval_shape(lambda key: Transformer(config, key), jax.random.key(0))
+        like = jax.eval_shape(make, jax.random.key(0))
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), like)
     require_mesh(mesh)
     require_divides(config, mesh)
     with jax.set_mesh(mesh):
-        like = jax.eval_shape(lambda key: Transformer(config, key), jax.random.key(0))
+        like = jax.eval_shape(make, jax.random.key(0))
     concrete = lambda x: jax.sharding.NamedSharding(mesh, x.sharding.spec)
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=concrete(x)), like)
 
