@@ -68,7 +68,7 @@ _WEIGHTS = ("q_proj", "k_proj", "v_proj", "attn_out", "ff_proj", "up_proj", "ff_
 
 @dataclasses.dataclass(frozen=True)
 class Lora:
-    """Read in model/lora.py, and `base` in training/step.py and interop/."""
+    """Read in model/lora.py, `base` in training/run.py, `fingerprint` in interop/."""
 
     rank: int = integer(0, 0, 2**16, "of the adapters; 0: all parameters are trained")
     alpha: float = number(64.0, 0, 1e6, "what they add is multiplied by alpha / rank", above=True)
@@ -76,6 +76,7 @@ class Lora:
     targets: tuple = sequence(_WEIGHTS, "weights that get one: those of the blocks by name, and wte, the embedding")
     rslora: bool = flag(False, "multiplied by alpha / √rank instead (arXiv 2312.03732)")
     base: str = choice("bfloat16", ("float32", "bfloat16", "int8"), "how the frozen weights are held")
+    fingerprint: str = text("", "of the model in config.train.init_from, the base; a run fills it in")
 
 
 @dataclasses.dataclass

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from llada_jax.fields import InputError
+from llada_jax.config import Lora
+from llada_jax.fields import InputError, check_fields
 from llada_jax.files import atomic_directory, parse_json, read_json
 from llada_jax.interop import hf_config, parameters, peft, tensor_names, workdir
 from llada_jax.interop import safetensors_io as files
@@ -24,7 +25,7 @@ from llada_jax.interop.parameters import Progress
 from llada_jax.model import lora
 from llada_jax.model import quantize as quantized
 from llada_jax.model.config import ModelConfig, model_config
-from llada_jax.model.transformer import Transformer
+from llada_jax.model.transformer import Transformer, with_config
 from llada_jax.parallel import processes
 
 # What travels with a model besides its weights: the tokenizer, generation settings, and the code that auto_map names.
@@ -94,10 +95,7 @@ def load_config(path: str | Path, dtype: str = "float32") -> ModelConfig:
 
 def with_dtype(model: Transformer, dtype: str) -> Transformer:
     """The same parameters, unchanged, computing in `dtype`."""
-    model, blocks = jax.tree.map(lambda x: x, model), jax.tree.map(lambda x: x, model.blocks)
-    model.config = blocks.config = dataclasses.replace(model.config, dtype=dtype)
-    model.blocks = blocks
-    return model
+    return with_config(model, dataclasses.replace(model.config, dtype=dtype))
 
 
 def save_adapter(model: Transformer, path: str | Path, *, base: str | Path | None = None) -> None:
@@ -241,11 +239,32 @@ def _is_workdir(config: dict) -> bool:
 
 def _load_workdir(directory: Path, dtype: str | None, mesh, quantize: str | None) -> Transformer:
     """The newest checkpoint of a run: parameters as stored and the run's compute dtype, or both as given."""
+    if workdir.load_config(directory).get("lora", {}).get("rank"):
+        return _load_adapted(directory, dtype, mesh, quantize)
     model = workdir.load_model(directory, mesh, dtype)
     if quantize:
         with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
             model = jax.jit(quantized.quantize)(model)
     return model if dtype is None else with_dtype(model, dtype)
+
+
+def _load_adapted(directory: Path, dtype: str | None, mesh, quantize: str | None) -> Transformer:
+    """The adapters of a run's newest checkpoint on the base that its config names, which must be as it was."""
+    raw, where = workdir.load_config(directory), directory / "config.json"
+    check_fields(Lora, raw["lora"], f"{where}: config.lora")
+    c, base = Lora(**raw["lora"]), Path(str(raw.get("train", {}).get("init_from", "")))
+    if not base.is_dir():
+        raise InputError(f"{where}: config.train.init_from, the base of its adapters, is {base}, which is not there")
+    if c.fingerprint != peft.fingerprint(base):
+        raise InputError(f"{where}: its adapters were trained on another model than the one that is in {base} now")
+    model = _load(base, dtype, mesh, quantize, lambda _: None)
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+        made = jax.jit(lambda key: lora.adapters_of(lora.attach(model, c, key)))(jax.random.key(0))
+    like = {name: x for name, x in workdir.named_leaves(lora.with_adapters(model, made)) if lora.is_trainable(name)}
+    read = workdir.load_parameters(directory, workdir.concrete(like, mesh), mesh)
+    model = lora.with_adapters(model, made)
+    leaves = [read.get(name, x) for name, x in workdir.named_leaves(model)]
+    return jax.tree.unflatten(jax.tree.structure(model), leaves)
 
 
 def _compute_dtype(stored: dict[str, files.Stored], directory: Path) -> str:

@@ -12,7 +12,7 @@ from flax import nnx
 
 from llada_jax.config import Lora
 from llada_jax.fields import InputError
-from llada_jax.model.quantize import PRODUCTS, Int8, inner_axes
+from llada_jax.model.quantize import PRODUCTS, Int8, inner_axes, quantize
 from llada_jax.parallel.mesh import BATCH, HIDDEN, gather_fsdp, reshard, spec
 
 TARGETS = (*PRODUCTS, "wte")
@@ -55,7 +55,7 @@ def attach(model, c: Lora, key: jax.Array):
     In a block A ~ U(±1/√in) and B = 0; for the embedding A = 0 and B ~ N(0, 1): the values of PEFT. Raises InputError
     for a target that cannot carry one.
     """
-    require_targets(model.config, c.targets)
+    require_targets(c.targets)
     scale = c.alpha / (math.sqrt(c.rank) if c.rslora else c.rank)
     made = {}
     for i, name in enumerate(c.targets):
@@ -71,6 +71,12 @@ def attach(model, c: Lora, key: jax.Array):
             B_x = jnp.zeros(B, out_sharding=axes_B)
         made[name] = Adapter(A_x, B_x, jnp.full((*layers, c.rank), scale), c.dropout)
     return with_adapters(model, made)
+
+
+def frozen_base(model, base: str):
+    """The model as config.lora.base holds it: "float32", "bfloat16", or "int8" with the rest in bfloat16."""
+    model = jax.tree.map(lambda x: x.astype("float32" if base == "float32" else "bfloat16"), model)
+    return quantize(model) if base == "int8" else model
 
 
 def with_adapters(model, adapters: dict[str, Adapter]):
@@ -155,7 +161,7 @@ def _fused_embedding(weight, adapter: Adapter):
     return (weight.astype(jnp.float32) + delta_VD).astype(weight.dtype), change
 
 
-def require_targets(config, targets) -> None:
+def require_targets(targets) -> None:
     """Raises InputError for a name that is no target, or one that occurs twice."""
     unknown = [name for name in targets if name not in TARGETS]
     if unknown or not targets or len(set(targets)) < len(targets):

@@ -180,6 +180,14 @@ def own_mask(c: ModelConfig, mask: Mask | jax.Array | None) -> Mask:
     return dataclasses.replace(mask, kind="causal") if c.causal else mask
 
 
+def with_config(model: Transformer, c: ModelConfig) -> Transformer:
+    """The same parameters, unchanged, under a config that differs in how it is computed."""
+    model, blocks = jax.tree.map(lambda x: x, model), jax.tree.map(lambda x: x, model.blocks)
+    model.config = blocks.config = c
+    model.blocks = blocks
+    return model
+
+
 def parameter_count(c: ModelConfig) -> int:
     """The number of parameters, without memory for them."""
     shapes = jax.eval_shape(lambda key: Transformer(c, key), jax.random.key(0))
