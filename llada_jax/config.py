@@ -143,11 +143,15 @@ def check_config(config: RunConfig) -> None:
 
 
 def set_slice(config: RunConfig, slices: dict[str, dict[str, Any]], name: str) -> None:
-    """Sets mesh axes, `microbatches` and `remat` to what a config file says for a TPU slice; "" leaves them."""
+    """Sets mesh axes and the fields named here to what a config file says for a TPU slice; "" leaves them."""
     if name and name not in slices:
         raise InputError(f"no settings for the slice {name!r}; there are some for {', '.join(slices)}")
     for field, value in slices.get(name, {}).items():
-        group = {"microbatches": config.train, "remat": config.model}.get(field, config.mesh)
+        groups = dict(
+            microbatches=config.train, batch_size=config.train, remat=config.model, base=config.lora,
+            row_length=config.data,
+        )  # fmt: skip
+        group = groups.get(field, config.mesh)
         group[field] = value
 
 

@@ -27,6 +27,7 @@ from llada_jax.model import quantize as quantized
 from llada_jax.model.config import ModelConfig, model_config
 from llada_jax.model.transformer import Transformer, with_config
 from llada_jax.parallel import processes
+from llada_jax.parallel.mesh import under
 
 # What travels with a model besides its weights: the tokenizer, generation settings, and the code that auto_map names.
 COMPANIONS = (
@@ -243,7 +244,7 @@ def _load_workdir(directory: Path, dtype: str | None, mesh, quantize: str | None
         return _load_adapted(directory, dtype, mesh, quantize)
     model = workdir.load_model(directory, mesh, dtype)
     if quantize:
-        with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+        with under(mesh):
             model = jax.jit(quantized.quantize)(model)
     return model if dtype is None else with_dtype(model, dtype)
 
@@ -258,7 +259,9 @@ def _load_adapted(directory: Path, dtype: str | None, mesh, quantize: str | None
     if c.fingerprint != peft.fingerprint(base):
         raise InputError(f"{where}: its adapters were trained on another model than the one that is in {base} now")
     model = _load(base, dtype, mesh, quantize, lambda _: None)
-    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+    if dtype is None:
+        model = with_config(model, model_config(raw["model"]))
+    with under(mesh):
         made = jax.jit(lambda key: lora.adapters_of(lora.attach(model, c, key)))(jax.random.key(0))
     like = {name: x for name, x in workdir.named_leaves(lora.with_adapters(model, made)) if lora.is_trainable(name)}
     read = workdir.load_parameters(directory, workdir.concrete(like, mesh), mesh)

@@ -22,7 +22,7 @@ from llada_jax.interop import tensor_names
 from llada_jax.interop.workdir import place_of
 from llada_jax.model import lora
 from llada_jax.model.config import ModelConfig
-from llada_jax.parallel.mesh import spec
+from llada_jax.parallel.mesh import spec, under
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."  # of every tensor, by PEFT
@@ -66,7 +66,8 @@ def load(model, directory: Path, mesh, *, base: Path | None = None):
     if not pairs:
         raise InputError(f"{directory / WEIGHTS}: holds no adapter")
     made = {name: _adapter(model, name, layers, fields, directory, mesh) for name, layers in pairs.items()}
-    return lora.with_adapters(model, lora.combined(lora.adapters_of(model), made))
+    with under(mesh):
+        return lora.with_adapters(model, jax.jit(lora.combined)(lora.adapters_of(model), made))
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -176,7 +177,7 @@ def _whole(tensor: files.Stored) -> np.ndarray:
 def _placed(arrays, name: str, mesh) -> list[jax.Array]:
     if mesh is None:
         return [jax.numpy.asarray(x) for x in arrays]
-    with jax.set_mesh(mesh):
+    with under(mesh):
         specs = (*lora.sharding(name), spec())
     put = lambda x, s: jax.make_array_from_callback(x.shape, jax.sharding.NamedSharding(mesh, s), lambda i: x[i])
     return [put(x, s) for x, s in zip(arrays, specs, strict=True)]

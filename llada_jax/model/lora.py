@@ -39,14 +39,17 @@ class Adapter(nnx.Module):
             x = _dropped(x, self.key, self.rate)
         tokens = spec(BATCH, "context", None)
         low_BLR = jnp.einsum(f"{x_letters},R{inner}->BLR", x, gather_fsdp(self.A, dtype), out_sharding=tokens)
-        low_BLR *= self.scale[...].astype(dtype)
-        return jnp.einsum(f"BLR,{outer}R->{y_letters}", low_BLR, gather_fsdp(self.B, dtype), out_sharding=out)
+        return jnp.einsum(f"BLR,{outer}R->{y_letters}", low_BLR, self._scaled(dtype), out_sharding=out)
 
     def embed(self, tokens_BL: jax.Array, dtype) -> jax.Array:
         """What the adapter adds to the embedding of tokens, [B, L, D]; dropout does not apply, as in PEFT."""
         looked_up = self.A[...].T.at[reshard(tokens_BL, BATCH, "context")]
-        low_BLR = looked_up.get(out_sharding=spec(BATCH, "context", None)) * self.scale[...]
-        return jnp.einsum("BLR,DR->BLD", low_BLR.astype(dtype), gather_fsdp(self.B, dtype), out_sharding=spec(*HIDDEN))
+        low_BLR = looked_up.get(out_sharding=spec(BATCH, "context", None)).astype(dtype)
+        return jnp.einsum("BLR,DR->BLD", low_BLR, self._scaled(dtype), out_sharding=spec(*HIDDEN))
+
+    def _scaled(self, dtype) -> jax.Array:
+        """scale · B, multiplied before the rounding to the compute dtype."""
+        return gather_fsdp(self.B[...] * self.scale[...], dtype)
 
 
 def attach(model, c: Lora, key: jax.Array):
@@ -59,17 +62,16 @@ def attach(model, c: Lora, key: jax.Array):
     scale = c.alpha / (math.sqrt(c.rank) if c.rslora else c.rank)
     made = {}
     for i, name in enumerate(c.targets):
-        A, B = shapes(model, name, c.rank)
-        axes_A, axes_B = sharding(name)
-        layers = () if name == "wte" else A[:1]
+        own = jax.random.fold_in(key, i)
+        (shape_A, shape_B), (spec_A, spec_B) = shapes(model, name, c.rank), sharding(name)
         if name == "wte":
-            A_x = jnp.zeros(A, out_sharding=axes_A)
-            B_x = jax.random.normal(jax.random.fold_in(key, i), B, out_sharding=axes_B)
+            ranks: tuple[int, ...] = (c.rank,)
+            A, B = jnp.zeros(shape_A, out_sharding=spec_A), jax.random.normal(own, shape_B, out_sharding=spec_B)
         else:
-            bound = math.prod(A[2:]) ** -0.5
-            A_x = jax.random.uniform(jax.random.fold_in(key, i), A, minval=-bound, maxval=bound, out_sharding=axes_A)
-            B_x = jnp.zeros(B, out_sharding=axes_B)
-        made[name] = Adapter(A_x, B_x, jnp.full((*layers, c.rank), scale), c.dropout)
+            ranks, bound = shape_A[:2], math.prod(shape_A[2:]) ** -0.5
+            A = jax.random.uniform(own, shape_A, minval=-bound, maxval=bound, out_sharding=spec_A)
+            B = jnp.zeros(shape_B, out_sharding=spec_B)
+        made[name] = Adapter(A, B, jnp.full(ranks, scale), c.dropout)
     return with_adapters(model, made)
 
 
@@ -90,9 +92,9 @@ def with_adapters(model, adapters: dict[str, Adapter]):
 
 def adapters_of(model) -> dict[str, Adapter]:
     """The adapters by target; {} of a plain model."""
-    inner = {} if model.blocks.lora is None else {name: model.blocks.lora[name] for name in PRODUCTS
-                                                  if name in model.blocks.lora}  # fmt: skip
-    return inner if model.lora is None else {**inner, "wte": model.lora}
+    of_blocks = {} if model.blocks.lora is None else model.blocks.lora
+    found = {name: of_blocks[name] for name in PRODUCTS if name in of_blocks}
+    return found if model.lora is None else found | {"wte": model.lora}
 
 
 def is_trainable(name: str) -> bool:

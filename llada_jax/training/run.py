@@ -168,6 +168,9 @@ def _set_up(
             notes=notes, goodput=clock, events=events, frozen=config.lora.rank > 0,
         )  # fmt: skip
     reporter.say(_opening(model, mesh, workdir, first, config.train.steps, title))
+    if config.lora.rank:
+        count = sum(x.size for x in jax.tree.leaves(state.trainable))
+        reporter.say(f"trains {count:,} parameters of adapters; the base is {config.lora.base}, and frozen")
     for line in refused:
         reporter.say(line)
     offset = int(state.guard.offset)

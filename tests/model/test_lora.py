@@ -61,7 +61,7 @@ def test_logits_before_with_and_after_merging_are_those_of_peft(case):
 
 @pytest.mark.parametrize("quantized", [None, "int8"])
 def test_a_model_with_adapters_computes_the_same_on_a_mesh(mesh, quantized):
-    place = REFERENCE / "lora" / "adapter_1"
+    place = [REFERENCE / "lora" / "adapter_1", REFERENCE / "lora" / "adapter_0"]
     ids = np.tile(VECTORS["adapter_1_ids"], (2, 1)).astype(np.int32)
     wanted = hf.load(REFERENCE / "ckpt_a_mha", adapter=place, quantize=quantized)
     found = hf.load(REFERENCE / "ckpt_a_mha", mesh=mesh, adapter=place, quantize=quantized)

@@ -15,6 +15,7 @@ from llada_jax.interop.workdir import named_leaves
 from llada_jax.model import lora
 from llada_jax.model.transformer import Transformer
 from llada_jax.objectives import OBJECTIVES
+from llada_jax.tools import convert_checkpoint
 from llada_jax.training import optimizer
 from llada_jax.training import run as train
 from llada_jax.training.step import adapted_state, make_train_step
@@ -87,6 +88,23 @@ def test_adapters_do_not_go_on_with_another_base(adapted, make_adapters, trained
     shutil.rmtree(other)
     with pytest.raises(InputError, match="which is not there"):
         hf.load(copy)
+
+
+def test_a_run_becomes_a_plain_checkpoint_and_an_adapter_of_peft(adapted, trained, tmp_path):
+    workdir, _ = adapted
+    ids = np.arange(24, dtype=np.int32).reshape(2, 12)
+    wanted = np.asarray(hf.load(workdir)(ids))
+    close = lambda model: np.testing.assert_allclose(model(ids), wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
+    convert = convert_checkpoint.convert
+    with pytest.raises(InputError, match="--merge"):
+        convert(workdir, tmp_path / "plain", "hf", None, "5GB", False)
+    said = convert(workdir, tmp_path / "plain", "hf", None, "5GB", True, merge=True)
+    assert "merging moved weights" in said and "PyTorch computes the same" in said
+    close(hf.load(tmp_path / "plain"))
+    convert(workdir, tmp_path / "adapter", "peft", None, "5GB", False)
+    close(hf.load(trained, adapter=tmp_path / "adapter"))
+    convert(trained, tmp_path / "again", "hf", None, "5GB", True, adapter=[tmp_path / "adapter"], merge=True)
+    close(hf.load(tmp_path / "again"))
 
 
 def test_adapters_of_nothing_or_of_no_weight_are_refused(make_adapters, tmp_path):
