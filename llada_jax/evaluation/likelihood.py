@@ -9,7 +9,7 @@ rule in that order.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -75,26 +75,49 @@ def rolling_log_likelihood(
 
     Returns a float, or float64 [B]. Raises InputError for numbers that make no windows.
     """
+    is_one = not _is_nested(tokens)
+    texts = [
+        inputs.token_ids("text", x, model.config.embedding_size, "[tokens]") for x in ([tokens] if is_one else tokens)
+    ]
+    found = np.zeros(len(texts))
+    for i, bound in rolling_bounds(
+        model, [text.tolist() for text in texts], max_length=max_length, context_length=context_length, prefix=prefix,
+        mc_num=mc_num, batch_size=batch_size, cfg_scale=cfg_scale, key=key,
+    ):  # fmt: skip
+        found[i] = bound
+    return float(found[0]) if is_one else found
+
+
+def rolling_bounds(
+    model, texts: Sequence[list[int]], *, max_length: int | None, context_length: int, prefix: int | None, mc_num: int,
+    batch_size: int, cfg_scale: float, key: jax.Array | None, rows_at_once: int | None = None,
+) -> Iterator[tuple[int, float]]:  # fmt: skip
+    """(number of a text, its `rolling_log_likelihood`), as they come; 0 for a text without tokens."""
     c = model.config
     max_length = c.max_sequence_length if max_length is None else inputs.whole("max_length", max_length)
     if not 2 <= max_length <= c.max_sequence_length:
         raise InputError(f"max_length {max_length} must be from 2 to the model's context, {c.max_sequence_length}")
     if not 1 <= inputs.whole("context_length", context_length) < max_length:
         raise InputError(f"context_length {context_length} must be from 1 to {max_length - 1}, below max_length")
-    is_one = not _is_nested(tokens)
-    texts = [inputs.token_ids("text", x, c.embedding_size, "[tokens]") for x in ([tokens] if is_one else tokens)]
-    pairs, questions, text_of = [], [], []
+    pairs, places, left = [], [], [0] * len(texts)
     for i, text in enumerate(texts):
-        for place, (given, scored) in enumerate(windows(text.tolist(), max_length, context_length, prefix)):
+        if not text:
+            yield i, 0.0
+            continue
+        for given, scored in windows(text, max_length, context_length, prefix):
             pairs.append(rows.make_pair(c, given, scored))
-            questions.append(place.to_bytes(4, "little") + text.tobytes())
-            text_of.append(i)
-    plans = plan_all(pairs, questions, mc_num, batch_size, key)
-    sums = np.zeros(len(texts))
+            places.append((i, left[i]))
+            left[i] += 1
+    asked = [place.to_bytes(4, "little") + np.asarray(texts[i], np.int32).tobytes() for i, place in places]
+    plans = plan_all(pairs, asked, mc_num, batch_size, key)
     jobs = [(pair, plan.masks) for pair, plan in zip(pairs, plans, strict=True)]
-    for i, ce_UA in rows.cross_entropies(model, jobs, cfg_scale=cfg_scale):
-        sums[text_of[i]] += plans[i].bound(ce_UA)
-    return float(sums[0]) if is_one else sums
+    sums = np.zeros(len(texts))
+    for job, ce_UA in rows.cross_entropies(model, jobs, cfg_scale=cfg_scale, rows_at_once=rows_at_once):
+        i = places[job][0]
+        sums[i] += plans[job].bound(ce_UA)
+        left[i] -= 1
+        if not left[i]:
+            yield i, float(sums[i])
 
 
 def windows(

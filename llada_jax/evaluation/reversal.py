@@ -3,7 +3,9 @@
 N couplets, C candidates, L length of a row. A couplet is (first, second); its text is `first，second。` as in training.
 """
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,8 @@ import numpy as np
 
 from llada_jax.data.sources import couplet_text
 from llada_jax.data.tokenizer import Tokenizer
+from llada_jax.fields import InputError
+from llada_jax.files import LARGEST_JSON, read_bytes
 from llada_jax.sampling.generate import infill
 from llada_jax.sampling.left_to_right import continue_text, right_pad
 
@@ -28,6 +32,32 @@ PROTOCOLS = {
     "text `first，second。`, and picks the one that makes the whole most likely. That it can do so shows that it knows "
     "the couplet; what it lacks is a way to write it backward.",
 }
+
+
+_ASKED = {"forward": "的下一句是什么？", "backward": "的上一句是什么？"}  # which line is the next, the previous one?
+_ONLY = " 直接输出句子即可。"  # write the sentence alone
+OFFICIAL_SETTINGS = {"gen_length": 28, "block_length": 28, "logits_eos_inf": True}  # one token a pass
+
+
+def read_couplets(path: str) -> list[Couplet]:
+    """The couplets of a file as the authors published theirs: a JSON list of {"first", "second"}.
+
+    Raises InputError for a file that holds something else.
+    """
+    try:
+        rows = json.loads(read_bytes(Path(path), LARGEST_JSON))
+        couplets = [(row["first"], row["second"]) for row in rows]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f'{path}: must be a JSON list of {{"first": line, "second": line}}') from error
+    if not couplets or not all(isinstance(line, str) and line for couplet in couplets for line in couplet):
+        raise InputError(f'{path}: must hold couplets, and texts as "first" and "second" of each')
+    return couplets
+
+
+def official_questions(couplets: Sequence[Couplet], direction: str) -> list[tuple[str, str]]:
+    """(what a user asks, the line that its reply must contain) of each couplet, as in the authors' eval_reverse.py."""
+    pairs = couplets if direction == "forward" else [(second, first) for first, second in couplets]
+    return [(f"{given}{_ASKED[direction]}{_ONLY}", wanted) for given, wanted in pairs]
 
 
 def fill_lines(model, tokenizer: Tokenizer, couplets: Sequence[Couplet], direction: str) -> tuple[list[str], dict]:

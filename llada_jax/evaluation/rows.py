@@ -25,7 +25,7 @@ from llada_jax.model.masks import Mask
 from llada_jax.objectives.cross_entropy import scored_cross_entropy
 from llada_jax.parallel.mesh import BATCH, HIDDEN, TOKENS, current_mesh, reshard
 
-TOKENS_AT_ONCE = 2**14  # of a batch and device: a forward pass over so many keeps an accelerator busy
+_TOKENS_AT_ONCE = 2**14  # of a batch and device: a forward pass over so many keeps an accelerator busy
 _AHEAD = 2  # batches that are under way while the host makes the next
 
 
@@ -73,19 +73,19 @@ def make_pair(c, prompt, answer) -> Pair:
 
 
 def cross_entropies(
-    model, jobs: Sequence[tuple[Pair, np.ndarray]], *, cfg_scale: float = 0.0, tokens_at_once: int = TOKENS_AT_ONCE
+    model, jobs: Sequence[tuple[Pair, np.ndarray]], *, cfg_scale: float = 0.0, rows_at_once: int | None = None
 ) -> Iterator[tuple[int, np.ndarray]]:
     """(number of a job, -log p of each masked token given what is not masked), float64 [U, A], nats; 0 elsewhere.
 
     jobs: a pair and its masks, bool [U, A]; each is handed over when all its rows are scored, the longest first.
-    tokens_at_once: of a batch and device. cfg_scale: classifier-free guidance, Eq. 16 of arXiv 2502.09992. Raises
-    InputError where a score is not finite or a batch does not fit into memory.
+    rows_at_once: of a batch and device; None: as many as make 2^14 tokens. cfg_scale: classifier-free guidance, Eq. 16
+    of arXiv 2502.09992. Raises InputError where a score is not finite or a batch does not fit into memory.
     """
     scale = inputs.not_negative("cfg_scale", cfg_scale)
     program = functools.partial(_score, model, scale=jnp.float32(scale), guided=scale > 0)
     left = [len(masks) for _, masks in jobs]
     found: list[np.ndarray] = [np.zeros(masks.shape) for _, masks in jobs]
-    for batch, ce_RW in _run(program, batches(jobs, tokens_at_once)):
+    for batch, ce_RW in _run(program, batches(jobs, rows_at_once)):
         for row, (job, mask) in enumerate(batch.places):
             length = jobs[job][0].length
             found[job][mask] = ce_RW[row, ce_RW.shape[1] - length :]
@@ -96,7 +96,7 @@ def cross_entropies(
 
 
 def confidence_orders(
-    model, pairs: Sequence[Pair], *, cfg_scale: float = 0.0, tokens_at_once: int = TOKENS_AT_ONCE
+    model, pairs: Sequence[Pair], *, cfg_scale: float = 0.0, rows_at_once: int | None = None
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     """(number of a pair, the step at which each token of its answer was revealed int [A], its log p then float64 [A]).
 
@@ -105,13 +105,13 @@ def confidence_orders(
     scale = inputs.not_negative("cfg_scale", cfg_scale)
     program = functools.partial(_reveal, model, scale=jnp.float32(scale), guided=scale > 0)
     jobs = [(pair, np.ones((1, pair.length), bool)) for pair in pairs]
-    for batch, found_2RW in _run(program, batches(jobs, tokens_at_once)):
+    for batch, found_2RW in _run(program, batches(jobs, rows_at_once)):
         for row, (job, _) in enumerate(batch.places):
             step_A, ce_A = found_2RW[:, row, found_2RW.shape[2] - pairs[job].length :]
             yield job, step_A.astype(int), -_finite(ce_A)
 
 
-def batches(jobs: Sequence[tuple[Pair, np.ndarray]], tokens_at_once: int = TOKENS_AT_ONCE) -> Iterator[Batch]:
+def batches(jobs: Sequence[tuple[Pair, np.ndarray]], rows_at_once: int | None = None) -> Iterator[Batch]:
     """The rows of all jobs in batches of equal width, the longest first; the last of a width is filled up."""
     split, context = _splits()
     groups = collections.defaultdict(list)
@@ -120,7 +120,7 @@ def batches(jobs: Sequence[tuple[Pair, np.ndarray]], tokens_at_once: int = TOKEN
         W = -(-min(max(8, _power_of_two(pair.length)), S) // context) * context
         groups[S, W].extend((number, mask) for mask in range(len(masks)))
     for (S, W), places in sorted(groups.items(), reverse=True):
-        rows = _rows(len(places), max(tokens_at_once // S, 1), split)
+        rows = _rows(len(places), rows_at_once or max(_TOKENS_AT_ONCE // S, 1), split)
         for start in range(0, len(places), rows):
             yield _batch(jobs, places[start : start + rows], rows, S, W)
 

@@ -103,13 +103,13 @@ def alone(scale):
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.5])
-@pytest.mark.parametrize("tokens_at_once", [32, 256, 2**14])
-def test_a_score_does_not_depend_on_its_batch(tokens_at_once, scale):
+@pytest.mark.parametrize("rows_at_once", [1, 8, None])
+def test_a_score_does_not_depend_on_its_batch(rows_at_once, scale):
     model = load("ckpt_e_train")
     pairs, _ = likelihood.read_pairs(model.config, *zip(*MIXED, strict=True))
     plans = likelihood.plan_all(pairs, [pair.question for pair in pairs], 32, 8, None)
     jobs = [(pair, plan.masks) for pair, plan in zip(pairs, plans, strict=True)]
-    found = dict(rows.cross_entropies(model, jobs, cfg_scale=scale, tokens_at_once=tokens_at_once))
+    found = dict(rows.cross_entropies(model, jobs, cfg_scale=scale, rows_at_once=rows_at_once))
     np.testing.assert_allclose([plans[i].bound(found[i]) for i in range(len(jobs))], alone(scale), rtol=1e-5)
 
 
@@ -143,7 +143,7 @@ def test_rows_fill_few_shapes_and_lose_little(monkeypatch, context):
     monkeypatch.setattr(rows, "_splits", lambda: (4, context))
     random = np.random.default_rng(0)
     pairs = [rows.Pair(np.ones(n, np.int32), n - 20) for n in random.integers(300, 500, 200).tolist()]
-    found = list(rows.batches([(pair, np.ones((40, 20), bool)) for pair in pairs], 2**14))
+    found = list(rows.batches([(pair, np.ones((40, 20), bool)) for pair in pairs]))
     assert len({batch.tokens.shape for batch in found}) <= 8
     assert sum(len(batch.places) for batch in found) == 8000
     assert all(batch.tokens.shape[0] % 4 == 0 and batch.masked.shape[1] % context == 0 for batch in found)
