@@ -82,7 +82,7 @@ def compile_step(
         except jax.errors.JaxRuntimeError as error:
             needed = _temporaries_of(str(error))
         texts = {
-            name: _dumped(Path(dump), name) for name in ("after_codegen", "after_optimizations", "memory-usage-report")
+            name: dumped(Path(dump), name) for name in ("after_codegen", "after_optimizations", "memory-usage-report")
         }
     assert memory is None or texts["after_codegen"], "the compiler wrote no dump"
     counted = dict(
@@ -141,7 +141,7 @@ def _device_bytes(tree) -> int:
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def _dumped(dump: Path, name: str) -> str:
+def dumped(dump: Path, name: str) -> str:
     """The newest file of that name: the step's, which is compiled last."""
     files = sorted(dump.glob(f"*.{name}.txt"), key=lambda path: path.stat().st_mtime) or sorted(
         dump.glob(f"*{name}.txt")
