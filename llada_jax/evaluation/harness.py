@@ -75,6 +75,8 @@ class LLaDA(LM):
         if (model is None or tokenizer is None) and pretrained is None:
             raise InputError("give pretrained=DIR, or model and tokenizer")
         self.model = hf.load(str(pretrained)) if model is None else model
+        if self.model.config.causal:
+            raise InputError("the model is causal (config.model.causal); only diffusion models are evaluated here")
         self.tokenizer = load_tokenizer(hf.tokenizer_directory(str(pretrained))) if tokenizer is None else tokenizer
         self.store = Store(None) if store is None else store
         self.rows_at_once = _rows(batch_size)

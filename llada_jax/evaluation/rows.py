@@ -55,7 +55,7 @@ class Batch:
     first: np.ndarray  # int32 [R], the row's first column
     length: np.ndarray  # int32 [R], A
     masked: np.ndarray  # bool [R, W]
-    places: list[tuple[int, int]]  # of the rows that are asked: (job, mask of it); R or fewer
+    places: np.ndarray  # int [R or fewer, 2], of the rows that are asked: job, mask of it
 
 
 def make_pair(c, prompt, answer) -> Pair:
@@ -84,15 +84,14 @@ def cross_entropies(
     scale = inputs.not_negative("cfg_scale", cfg_scale)
     program = functools.partial(_score, model, scale=jnp.float32(scale), guided=scale > 0)
     left = [len(masks) for _, masks in jobs]
-    found: list[np.ndarray] = [np.zeros(masks.shape) for _, masks in jobs]
+    found: dict[int, np.ndarray] = {}  # of the jobs that are under way
     for batch, ce_RW in _run(program, batches(jobs, rows_at_once)):
-        for row, (job, mask) in enumerate(batch.places):
-            length = jobs[job][0].length
-            found[job][mask] = ce_RW[row, ce_RW.shape[1] - length :]
+        for row, (job, mask) in enumerate(batch.places.tolist()):
+            pair, masks = jobs[job]
+            found.setdefault(job, np.zeros(masks.shape))[mask] = ce_RW[row, ce_RW.shape[1] - pair.length :]
             left[job] -= 1
             if not left[job]:
-                yield job, _finite(found[job])
-                found[job] = np.zeros(0)
+                yield job, _finite(found.pop(job))
 
 
 def confidence_orders(
@@ -106,7 +105,7 @@ def confidence_orders(
     program = functools.partial(_reveal, model, scale=jnp.float32(scale), guided=scale > 0)
     jobs = [(pair, np.ones((1, pair.length), bool)) for pair in pairs]
     for batch, found_2RW in _run(program, batches(jobs, rows_at_once)):
-        for row, (job, _) in enumerate(batch.places):
+        for row, (job, _) in enumerate(batch.places.tolist()):
             step_A, ce_A = found_2RW[:, row, found_2RW.shape[2] - pairs[job].length :]
             yield job, step_A.astype(int), -_finite(ce_A)
 
@@ -118,19 +117,20 @@ def batches(jobs: Sequence[tuple[Pair, np.ndarray]], rows_at_once: int | None = 
     for number, (pair, masks) in enumerate(jobs):
         S = _width(len(pair.tokens), context)
         W = -(-min(max(8, _power_of_two(pair.length)), S) // context) * context
-        groups[S, W].extend((number, mask) for mask in range(len(masks)))
-    for (S, W), places in sorted(groups.items(), reverse=True):
+        groups[S, W].append((number, len(masks)))
+    for (S, W), group in sorted(groups.items(), reverse=True):
+        places = np.concatenate([np.stack([np.full(count, job), np.arange(count)], axis=1) for job, count in group])
         rows = _rows(len(places), rows_at_once or max(_TOKENS_AT_ONCE // S, 1), split)
         for start in range(0, len(places), rows):
             yield _batch(jobs, places[start : start + rows], rows, S, W)
 
 
-def _batch(jobs, places: list[tuple[int, int]], rows: int, S: int, W: int) -> Batch:
+def _batch(jobs, places: np.ndarray, rows: int, S: int, W: int) -> Batch:
     batch = Batch(
         np.zeros((rows, S), np.int32), np.zeros(rows, np.int32), np.ones(rows, np.int32), np.zeros((rows, W), bool),
         places,
     )  # fmt: skip
-    for row, (job, mask) in enumerate(places):
+    for row, (job, mask) in enumerate(places.tolist()):
         pair, masks = jobs[job]
         batch.first[row], batch.length[row] = S - len(pair.tokens), pair.length
         batch.tokens[row, S - len(pair.tokens) :] = pair.tokens

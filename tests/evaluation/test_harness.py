@@ -1,13 +1,17 @@
 """From task file to score: every request and metric of tests/golden/tasks with a model whose answers are known."""
 
+import dataclasses
 import gzip
 import json
 import os
+import shutil
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from reference import REFERENCE, load
+from tiny import TINY
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "DISABLE_MULTIPROC": "1"}
 import lm_eval  # noqa: E402
@@ -19,6 +23,7 @@ from llada_jax.data.tokenizer import load_tokenizer  # noqa: E402
 from llada_jax.evaluation import harness, likelihood  # noqa: E402
 from llada_jax.evaluation.store import Store  # noqa: E402
 from llada_jax.fields import InputError  # noqa: E402
+from llada_jax.model.transformer import Transformer  # noqa: E402
 from llada_jax.streams import stream  # noqa: E402
 
 TASKS = Path(__file__).parents[1] / "golden" / "tasks"
@@ -248,9 +253,13 @@ def test_wrong_arguments_are_named(lm, given, message):
         lm(**given)
 
 
-def test_the_harness_may_make_the_model_from_a_string(tmp_path, tokenizer):
-    import shutil
+def test_a_left_to_right_model_is_refused(tokenizer):
+    causal = Transformer(dataclasses.replace(TINY, causal=True), jax.random.key(0))
+    with pytest.raises(InputError, match="the model is causal"):
+        harness.LLaDA(model=causal, tokenizer=tokenizer)
 
+
+def test_the_harness_may_make_the_model_from_a_string(tmp_path, tokenizer):
     shutil.copytree(REFERENCE / "ckpt_e_train", tmp_path / "c")
     tokenizer.save(tmp_path / "c")
     made = harness.LLaDA.create_from_arg_string(

@@ -11,6 +11,7 @@ from reference import REFERENCE, load
 
 import llada_jax
 from llada_jax.evaluation import draws, likelihood, rows
+from llada_jax.fields import InputError
 from llada_jax.interop import hf
 from llada_jax.parallel.mesh import make_mesh
 
@@ -117,12 +118,12 @@ def test_a_score_does_not_depend_on_its_batch(rows_at_once, scale):
 def test_a_score_does_not_depend_on_the_mesh(sizes):
     prompts, answers = zip(*MIXED, strict=True)
     model = load("ckpt_e_train")
-    confidence = llada_jax.confidence_score(model, prompts, answers)
+    confidence, wanted = llada_jax.confidence_score(model, prompts, answers), alone(0.5)
     mesh = make_mesh(dict(zip(("data", "fsdp", "tensor", "context"), sizes, strict=True)))
     with jax.set_mesh(mesh):
         split = hf.load(REFERENCE / "ckpt_e_train", mesh=mesh)
         found = llada_jax.log_likelihood(split, prompts, answers, mc_num=32, batch_size=8, cfg_scale=0.5)
-        np.testing.assert_allclose(found, alone(0.5), rtol=1e-5)
+        np.testing.assert_allclose(found, wanted, rtol=1e-5)
         np.testing.assert_allclose(llada_jax.confidence_score(split, prompts, answers), confidence, rtol=1e-5)
 
 
@@ -149,3 +150,12 @@ def test_rows_fill_few_shapes_and_lose_little(monkeypatch, context):
     assert all(batch.tokens.shape[0] % 4 == 0 and batch.masked.shape[1] % context == 0 for batch in found)
     computed, asked = sum(batch.tokens.size for batch in found), 40 * sum(len(pair.tokens) for pair in pairs)
     assert computed < 1.35 * asked
+
+
+def test_a_lack_of_memory_is_one_line():
+    def program(*_):
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes")
+
+    job = rows.Pair(np.ones(9, np.int32), 4), np.ones((3, 5), bool)
+    with pytest.raises(InputError, match="a batch of 4 rows of 16 tokens does not fit into the devices' memory"):
+        list(rows._run(program, rows.batches([job])))
