@@ -31,9 +31,11 @@ def checkpoint(tmp_path_factory):
 
 def start(*arguments, **options):
     environment = os.environ | {
-        "XLA_FLAGS": "--xla_backend_optimization_level=0", "HF_DATASETS_OFFLINE": "1", "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir),
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "HF_DATASETS_OFFLINE": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
-    }  # fmt: skip
+    }
     command = [sys.executable, "-m", "llada_jax.evaluate", *arguments]
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
