@@ -33,7 +33,7 @@ def test_lines_of_the_corpus_are_right_answers_and_others_are_not(tmp_path):
     lines = (tmp_path / "corpus.txt").read_text(encoding="utf-8").splitlines()
     tasks = decode_accuracy.tasks()
     for sort, copy, couplet in zip(*[iter(lines)] * 3, strict=True):
-        for name, prompt_length, line in (("sort", 13, sort), ("copy", 3, copy), ("couplets", 8, couplet)):
+        for name, prompt_length, line in (("sort", 9, sort), ("copy", 3, copy), ("couplets", 8, couplet)):
             prompt, text = line[:prompt_length], line[prompt_length:]
             assert len(text) == tasks[name].gen_length - 1  # and an end of text
             assert tasks[name].is_right(prompt, text)
