@@ -13,6 +13,7 @@ _HOMES = {
     "log_likelihood_from_masks": "evaluation.likelihood",
     "pretrain_loss": "objectives.diffusion",
     "rolling_log_likelihood": "evaluation.likelihood",
+    "save_adapter": "interop.hf",
     "save_hf": "interop.hf",
     "sft_loss": "objectives.diffusion",
     "stream": "sampling.generate",

@@ -5,6 +5,7 @@ first that is removed, so that no directory is ever renamed (a bucket has none).
 guard/ and the checksums that each process writes after the commit; the run's config is in Orbax's metadata.
 """
 
+import dataclasses
 import shutil
 import sys
 import threading
@@ -226,6 +227,7 @@ def _load(place: Path, like: TrainState) -> tuple[tuple[TrainState, dict[str, An
 
 
 def _parts(state: TrainState) -> dict[str, dict[str, Any]]:
+    state = dataclasses.replace(state, frozen=None)  # which is loaded from where it came
     parts: dict[str, dict[str, Any]] = {"model": {}, "optimizer": {}, "guard": {}}
     for (part, name), leaf in zip(_names(state), jax.tree.leaves(state), strict=True):
         parts[part][name] = leaf
