@@ -1,6 +1,7 @@
 """How every command line of the project starts, and how it fails: one clear line and exit code 2."""
 
 import errno
+import functools
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -8,6 +9,7 @@ from collections.abc import Callable, Sequence
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from llada_jax import help
 from llada_jax.fields import InputError
 
 TRY_AGAIN = 75  # the exit code of a run that was told to stop, and has saved; launch/babysit.py starts it again
@@ -54,7 +56,7 @@ def run(main: Callable[[list[str]], None], *, commands: Sequence[str] = ()) -> N
                 raise
             fail("no space left on device while writing; free space or choose another directory, then run it again")
 
-    app.run(guarded, flags_parser=_parse)
+    app.run(guarded, flags_parser=functools.partial(_parse, main))
 
 
 def fail(message: str) -> None:
@@ -68,10 +70,13 @@ def _unraisable(problem) -> None:
         sys.__unraisablehook__(problem)
 
 
-def _parse(argv: list[str]) -> list[str]:
+def _parse(main: Callable, argv: list[str]) -> list[str]:
     """Flags, `--config` files among them: what they raise becomes one line."""
+    if help.is_asked(argv):
+        sys.stdout.write(help.text(main, full=any("helpfull" in word for word in argv)))
+        sys.exit(0)
     try:
-        rest = flags.FLAGS(argv)
+        rest = flags.FLAGS(help.config_paths(argv))
     except flags.Error as error:
         fail(f"{_last_line(error)}; --help lists the flags")
     except (KeyError, AttributeError) as error:  # ml_collections, for an override of a field that is not there
@@ -92,7 +97,7 @@ def _open_config() -> None:
             getattr(flags.FLAGS.config, "keys", None)
         except OSError:
             name = config_flags.get_config_filename(flags.FLAGS["config"])
-            fail(f"--config={name}: no such file, or it can't be loaded; the configs are in configs/")
+            fail(help.no_config(name))
 
 
 def _last_line(error: Exception) -> str:

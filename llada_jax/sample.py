@@ -1,6 +1,6 @@
 """Samples from a checkpoint: completion, infilling of [MASK] spans, replies of fine-tuned models; one or many.
 
-python -m llada_jax.sample --checkpoint=DIR --prompt='床前明月光，' --gen_length=8
+python -m llada_jax.sample --checkpoint=runs/tiny --prompt='床前明月光，' --gen_length=8
 python -m llada_jax.sample --checkpoint=DIR --prompt='[MASK*5]，疑是地上霜。' --trajectory
 python -m llada_jax.sample --checkpoint=DIR --input=prompts.jsonl --output=answers.jsonl --cache=dual --threshold=0.9
 
@@ -145,6 +145,11 @@ def _print(tokenizer: Tokenizer, answer: batches.Answer) -> None:
     print(answer.text)
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """The console script llada-sample."""
     processes.define_flags()
     cli.run(processes.joined(main))
+
+
+if __name__ == "__main__":
+    command()
