@@ -44,7 +44,7 @@ def convert(source: Path, target: Path, to: str, dtype: str | None, max_shard_si
             model = hf.load(source, dtype, progress=bar.update)
         if to == "hf":
             with _bar("write", sum(x.nbytes for x in jax.tree.leaves(model))) as bar:
-                hf.write_hf(model, made, max_shard_size, source, bar.update)
+                hf.write_hf(model, made, max_shard_size, source, bar.update, target.name)
         else:
             hf.write_workdir(model, made, source)
         report = f"{target}: {' and '.join(sorted({x.dtype.name for x in jax.tree.leaves(model)}))} parameters"
