@@ -1,32 +1,43 @@
-"""How every command line of the project starts, and how it fails: one clear line and exit code 2."""
+"""How every command line of the project starts, and how it ends: what goes wrong is one clear line and an exit code.
+
+0 done; 1 something failed that is no mistake of the user's, so that the same command may succeed later; 2 a mistake of
+the user's, found before the first step; 75 stopped by SIGTERM, and 130 by Ctrl-C: the same command continues.
+"""
 
 import errno
 import functools
 import os
+import signal
 import sys
+import traceback
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 from llada_jax import help
-from llada_jax.fields import InputError
+from llada_jax.fields import InputError, RunFailed
 
-TRY_AGAIN = 75  # the exit code of a run that was told to stop, and has saved; launch/babysit.py starts it again
+STOPPED = {signal.SIGTERM: 75, signal.SIGINT: 130}  # exit codes; launch/babysit.py starts a run with 75 again
+SIGNALS = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
+
+_USERS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Preempted(Exception):
-    """The run has saved its step and stopped because SIGTERM asked for it."""
+    """The run has saved its step and stopped because a signal asked for it."""
 
     shared = True  # every process raises it
 
-    def __init__(self, step: int):
-        super().__init__(f"stopped by SIGTERM; step {step} is saved, the same command continues from there")
-        self.step = step
+    def __init__(self, step: int, number: signal.Signals = signal.SIGTERM):
+        super().__init__(f"stopped by {SIGNALS[number]}; step {step} is saved, the same command continues from there")
+        self.step, self.number = step, number
 
 
 def run(main: Callable[[list[str]], None], *, commands: Sequence[str] = ()) -> None:
-    """`app.run(main)`; a wrong flag, an InputError or a full disk prints one line and exits with code 2.
+    """`app.run(main)`, ending as the head of this file says.
 
     commands: words of which the command line must have one, argv[1], before or among the flags.
     """
@@ -40,28 +51,54 @@ def run(main: Callable[[list[str]], None], *, commands: Sequence[str] = ()) -> N
             fail(f"unexpected argument {unexpected[0]!r}; flags are written --name=value")
         try:
             main(argv)
-        except InputError as error:
-            fail(str(error))
-        except Preempted as preempted:
-            print(preempted, file=sys.stderr)
-            sys.exit(TRY_AGAIN)
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
-                raise
-            fail(f"{error.strerror}: {error.filename or 'while writing'}; free space or choose another directory")
-        except KeyboardInterrupt:
-            sys.exit(130)
-        except Exception as error:  # Orbax and ArrayRecord wrap a full disk in errors of their own
-            if "No space left on device" not in str(error):
-                raise
-            fail("no space left on device while writing; free space or choose another directory, then run it again")
+        except (Exception, KeyboardInterrupt) as error:
+            sys.exit(report(error))
 
     app.run(guarded, flags_parser=functools.partial(_parse, main))
 
 
-def fail(message: str) -> None:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+def report(error: BaseException) -> int:
+    """Prints what ends a command, in one line where it is known what it is; returns the exit code."""
+    if isinstance(error, Preempted):
+        say(str(error))
+        return STOPPED[error.number]
+    if isinstance(error, KeyboardInterrupt):
+        say("stopped by Ctrl-C")
+        return STOPPED[signal.SIGINT]
+    code = 2 if is_users(error) else 1
+    if isinstance(error, InputError | RunFailed):
+        say(f"error: {error}")
+        return code
+    if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT):
+        advice = "free space" if error.errno in _FULL else "look at the disk, its owner and its mount"
+        say(f"error: {error.strerror}: {error.filename or 'while writing'}; {advice}, or choose another directory")
+        return code
+    if os.strerror(errno.ENOSPC) in str(error):  # Orbax and ArrayRecord wrap a full disk in errors of their own
+        say("error: no space left on device while writing; free space or choose another directory, then run it again")
+        return 1
+    traceback.print_exception(error)
+    return 1
+
+
+def is_users(error: BaseException) -> bool:
+    """Whether it is a mistake of the user's, who must change something before it can go well."""
+    return isinstance(error, InputError) or (isinstance(error, OSError) and error.errno in _USERS)
+
+
+def fail(message: str) -> NoReturn:
+    say(f"error: {message}")
     sys.exit(2)
+
+
+def say(line: str) -> None:
+    print(" ".join(line.split()), file=sys.stderr, flush=True)
+
+
+def end(code: int) -> NoReturn:
+    """Ends the process at once, from whatever thread, with what was printed on the terminal."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code)
 
 
 def _unraisable(problem) -> None:
@@ -84,10 +121,8 @@ def _parse(main: Callable, argv: list[str]) -> list[str]:
         fail(f"the config has no such field: {named}")
     except (InputError, TypeError, ValueError) as error:  # a value of another type
         fail(_last_line(error))
-    else:
-        _open_config()
-        return rest
-    raise AssertionError
+    _open_config()
+    return rest
 
 
 def _open_config() -> None:

@@ -13,6 +13,10 @@ class InputError(ValueError):
     """
 
 
+class RunFailed(RuntimeError):
+    """What ends a command and is no mistake of the user's: one line, exit code 1; it may succeed later."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Field:
     """What a field of a config may hold, and what it means: the metadata of a dataclass field, beside its default."""

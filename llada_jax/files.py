@@ -1,4 +1,4 @@
-"""Files: those of others read within bounds, checksums of a directory, a directory that appears at once.
+"""Files: those of others read within bounds, checksums of a checkpoint, files and directories that appear at once.
 
 Nothing here runs what it reads.
 """
@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -18,6 +19,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from llada_jax.fields import InputError
 
@@ -112,21 +114,23 @@ def inside(directory: Path, name: object, where: str) -> Path:
     return path
 
 
-CHECKSUMS = "checksums.json"  # {file: [bytes, SHA-256]}
+COMMIT = "commit_success.txt"  # Orbax's: the last file that it writes into a checkpoint
 
+_CHECKSUMS = "checksums{}.json"  # of the files that one process wrote: {file: [bytes, SHA-256]}; "" is the first
+_MARKERS = ("checksums", COMMIT, "damaged.txt")  # how the names begin of files that have no checksum
 _THREADS = 8  # hashing lets other threads run
 
 
-def write_checksums(directory: Path) -> None:
-    """Hashes every file below `directory`, and sees to it that they are on the disk and not only on their way."""
-    files = [path for path in sorted(directory.rglob("*")) if path.is_file()]
+def write_checksums(directory: Path, process: int = 0) -> None:
+    """Hashes what one process wrote of a checkpoint, and sees to it that it is on the disk.
+
+    Orbax names a process' own files "…process_N"; the first process hashes all that is not another's.
+    """
+    names = [name for name in _names(directory) if _writer(name) == process]
     with ThreadPoolExecutor(_THREADS) as pool:
-        facts = list(pool.map(_facts, files))
-    names = [path.relative_to(directory).as_posix() for path in files]
-    with (directory / CHECKSUMS).open("w") as file:
-        json.dump(dict(zip(names, facts, strict=True)), file, indent=0)
-        file.flush()
-        os.fsync(file.fileno())
+        facts = list(pool.map(lambda name: _facts(directory / name), names))
+    place = directory / _CHECKSUMS.format(f".{process}" if process else "")
+    write_atomic(place, json.dumps(dict(zip(names, facts, strict=True)), indent=0))
 
 
 def damage(directory: Path, share: int = 0, shares: int = 1, *, only: Callable[[str], bool] = lambda name: True) -> str:
@@ -135,20 +139,45 @@ def damage(directory: Path, share: int = 0, shares: int = 1, *, only: Callable[[
     Looks at every shares-th file, from number `share` on: processes divide the reading among themselves. only: which
     files, by their names relative to the directory.
     """
-    if not os.path.lexists(directory / CHECKSUMS):
-        return ""  # from before there were checksums
     try:
-        expected = read_json(directory / CHECKSUMS)
-    except InputError:
-        return f"{CHECKSUMS} cannot be read"
-    files = sorted((name, facts) for name, facts in expected.items() if only(name))[share::shares]
-    for name, facts in files:
-        if not isinstance(facts, list) or [type(fact) for fact in facts] != [int, str]:
-            return f"{CHECKSUMS} has no size and digest for {name[:100]!r}"
-        if not _leads_inside(directory, name):
-            return f"{CHECKSUMS} names {name[:100]!r}, which is not in the directory"
+        expected = checksums(directory)
+    except InputError as error:
+        return str(error)
     with ThreadPoolExecutor(_THREADS) as pool:
-        return next(filter(None, pool.map(lambda item: _difference(directory, *item), files)), "")
+        files = sorted(item for item in expected.items() if only(item[0]))[share::shares]
+        found = pool.map(lambda item: _difference(directory, *item), files)
+        return next(filter(None, found), "")
+
+
+def checksums(directory: Path) -> dict[str, list]:
+    """{file: [bytes, SHA-256]} of a checkpoint, of all processes; {} if it has none.
+
+    Raises InputError where such a file is not what `write_checksums` writes.
+    """
+    expected: dict[str, Any] = {}
+    for place in sorted(directory.glob(_CHECKSUMS.format("*"))):
+        try:
+            expected |= read_json(place)
+        except InputError:
+            raise InputError(f"{place.name} cannot be read") from None
+    for name, facts in expected.items():
+        if not _leads_inside(directory, name):
+            raise InputError(f"checksums name {name[:80]!r}, which is not in the directory")
+        if not isinstance(facts, list) or [type(fact) for fact in facts] != [int, str]:
+            raise InputError(f"checksums of {name[:80]!r} are not a size and a SHA-256")
+    return expected
+
+
+def _names(directory: Path) -> list[str]:
+    """The files below a checkpoint that have checksums, relative to it."""
+    files = (path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
+    return sorted(name for name in files if not name.startswith(_MARKERS))
+
+
+def _writer(name: str) -> int:
+    """The process that wrote a file of a checkpoint."""
+    found = re.search(r"process_(\d+)", name)
+    return int(found[1]) if found else 0
 
 
 def _leads_inside(directory: Path, name: str) -> bool:
@@ -159,16 +188,17 @@ def _leads_inside(directory: Path, name: str) -> bool:
 
 
 def _facts(path: Path) -> list:
+    require_file(path)
     with path.open("rb") as file:
         os.fsync(file.fileno())
         return [os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest()]
 
 
 def _difference(directory: Path, name: str, expected: list) -> str:
-    if os.path.exists(directory / name) and not os.path.isfile(directory / name):
-        return f"{name}: not a file"
     try:
         found = _facts(directory / name)
+    except InputError:
+        return f"{name}: no such file" if not (directory / name).exists() else f"{name}: not a file"
     except OSError as error:
         return f"{name}: {(error.strerror or 'cannot be read').lower()}"
     if found == expected:
@@ -176,6 +206,16 @@ def _difference(directory: Path, name: str, expected: list) -> str:
     if found[0] != expected[0]:
         return f"{name} has {found[0]} bytes, not {expected[0]}"
     return f"{name} has the right size and another content"
+
+
+def write_atomic(path: Path, data: str | bytes) -> None:
+    """Replaces a file at once: whoever reads it, after a kill or a power cut too, finds the old content or the new."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    with temporary.open("wb") as file:
+        file.write(data.encode() if isinstance(data, str) else data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
 
 
 @contextlib.contextmanager

@@ -26,7 +26,7 @@ from llada_jax.data.tokenizer import Tokenizer, load_tokenizer
 from llada_jax.fields import InputError
 from llada_jax.interop import hf
 from llada_jax.interop.workdir import load_config
-from llada_jax.parallel import processes
+from llada_jax.parallel import join, processes
 from llada_jax.parallel.mesh import inference_mesh
 from llada_jax.sampling import batches, options
 from llada_jax.streams import stream
@@ -147,8 +147,8 @@ def _print(tokenizer: Tokenizer, answer: batches.Answer) -> None:
 
 def command() -> None:
     """The console script llada-sample."""
-    processes.define_flags()
-    cli.run(processes.joined(main))
+    join.define_flags()
+    cli.run(join.joined(main))
 
 
 if __name__ == "__main__":

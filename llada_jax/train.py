@@ -14,8 +14,8 @@ from ml_collections import config_flags
 from llada_jax import cli
 from llada_jax.config import check_config, describe
 from llada_jax.fields import InputError
-from llada_jax.parallel import processes
-from llada_jax.training.run import train
+from llada_jax.parallel import join
+from llada_jax.training import preemption
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The run config: a name or a file.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, logs and the resolved config go.")
@@ -23,20 +23,29 @@ _PRINT = flags.DEFINE_bool("print_config", False, "Print every field of the conf
 _ALLOW = flags.DEFINE_bool("allow_config_change", False, "Continue a run with another config.optimizer.schedule.")
 
 
-def main(_argv: list[str]) -> None:
-    if _PRINT.value and _CONFIG.value is not None:
-        check_config(_CONFIG.value)
-        print(describe(_CONFIG.value))
+def main(argv: list[str]) -> None:
+    config, workdir = _CONFIG.value, _WORKDIR.value
+    if _PRINT.value and config is not None:
+        check_config(config)
+        print(describe(config))
         return
-    if _CONFIG.value is None or not _WORKDIR.value:
+    if config is None or not workdir:
         raise InputError("--config=NAME and --workdir=DIR are needed; --help lists the configs")
-    train(_CONFIG.value, _WORKDIR.value, allow_config_change=_ALLOW.value)
+    with preemption.Signals() as signals:  # before JAX is imported, which takes seconds
+
+        def train(_argv: list[str]) -> None:
+            from llada_jax.training import run
+
+            run.train(config, workdir, allow_config_change=_ALLOW.value, signals=signals)
+
+        signals.before_end.append(join.tell_failure)
+        join.joined(train)(argv)
 
 
 def command() -> None:
     """The console script llada-train."""
-    processes.define_flags()
-    cli.run(processes.joined(main))
+    join.define_flags()
+    cli.run(main)
 
 
 if __name__ == "__main__":

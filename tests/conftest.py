@@ -11,12 +11,15 @@ os.environ["XLA_FLAGS"] = (
     " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 )  # fmt: skip
 
+import json
+
 import jax
 import numpy as np
 import pytest
 from tiny import TINY
 
 from llada_jax.config import run_config
+from llada_jax.interop.workdir import saved_steps
 
 jax.config.update("jax_compilation_cache_dir", str(Path(tempfile.gettempdir()) / "llada_jax_tests_cache"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
@@ -56,3 +59,21 @@ def _tiny_run():
     config.train.update(dict(steps=4, batch_size=8, log_every=2, eval_every=4, eval_rows=8))
     config.checkpoint.update(dict(every_steps=2, keep=2))
     return config
+
+
+@pytest.fixture
+def steps():
+    """The steps of the checkpoints of a workdir."""
+    return lambda workdir: sorted(saved_steps(workdir / "checkpoints"))
+
+
+@pytest.fixture
+def events():
+    """The events of a workdir, by name."""
+
+    def read(workdir, *names):
+        path = workdir / "events.jsonl"
+        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return [line for line in lines if not names or line["event"] in names]
+
+    return read

@@ -220,7 +220,11 @@ def _make_workdir(root):
 
 
 def make_run_config(root):
-    return [_make_workdir(root) / "config.json"]
+    path = _make_workdir(root) / "config.json"
+    config = run_config("tiny")
+    config.model.update(json.loads(path.read_text())["model"])
+    path.write_text(json.dumps(config.to_dict(), indent=1))
+    return [path]
 
 
 def make_checkpoint(root):
@@ -245,13 +249,13 @@ def make_ocdbt_checkpoint(root):
 
 def read_run_config(root):
     from llada_jax.interop import hf
-    from llada_jax.training import checkpoint
+    from llada_jax.training import workdir
 
     model = hf.load_config(root / "w")
     abstract_model(model, None)
     config = run_config("tiny")
     config.model.update(dataclasses.asdict(model))
-    checkpoint.claim_workdir(root / "w", config)
+    workdir.claim(root / "w", config, workdir.begun(root / "w", config))
 
 
 def read_workdir(root):

@@ -22,14 +22,15 @@ from llada_jax import cli, sample
 from llada_jax.data import pipeline
 from llada_jax.data.tokenizer import load_tokenizer
 from llada_jax.evaluation import likelihood, reversal
-from llada_jax.fields import InputError
+from llada_jax.fields import InputError, RunFailed
 from llada_jax.interop import hf
 from llada_jax.interop.workdir import load_model
 from llada_jax.objectives import OBJECTIVES
-from llada_jax.parallel import processes
+from llada_jax.parallel import join, processes
 from llada_jax.parallel.mesh import AXES, global_batch, make_mesh, rows_of_process
 from llada_jax.streams import stream
 from llada_jax.training import run as train
+from llada_jax.training.monitor import Events
 
 
 def main(_argv):
@@ -38,7 +39,7 @@ def main(_argv):
     for name, arguments in json.loads(jobs.read_text()):
         try:
             results.append({"result": JOBS[name](**arguments)})
-        except InputError as error:
+        except (InputError, RunFailed) as error:
             if not getattr(error, "shared", False):
                 raise
             results.append({"error": str(error)})
@@ -149,11 +150,25 @@ def save(workdir, target, full_disk=False):
         hf.save_hf(load_model(workdir, mesh), target)
 
 
-def fail(process):
-    """One process raises what no other does, inside `together`."""
+def fail(process, number=None, text="row 7 can't be read"):
+    """One process raises what no other does, inside `all_or_none`; the exit code that each would end with."""
+    try:
+        with processes.all_or_none():
+            if jax.process_index() == process:
+                raise InputError(text) if number is None else OSError(number, text, "file")
+    except Exception as error:
+        return [cli.report(error), str(error)]
+
+
+def tell(workdir):
+    """Every process has an event of its own."""
+    events = Events(workdir)
+    processes.on_first_process(Path(workdir).mkdir)
+    events.write("damaged row", step=jax.process_index(), cause="c", action="a", own=True)
     with processes.all_or_none():
-        if jax.process_index() == process:
-            raise InputError("row 7 can't be read")
+        pass  # all have sent theirs
+    if processes.is_first():
+        events.collect()
 
 
 JOBS = {
@@ -166,10 +181,11 @@ JOBS = {
     "sample": complete,
     "save": save,
     "fail": fail,
+    "tell": tell,
 }
 
 if __name__ == "__main__":
-    processes.define_flags()
+    join.define_flags()
     flags.DEFINE_string("jobs", None, "A JSON file: pairs of a job and its arguments.")
     flags.DEFINE_string("out", None, "Where the results go.")
-    cli.run(processes.joined(main))
+    cli.run(join.joined(main))

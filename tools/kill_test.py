@@ -23,6 +23,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"  # before JAX: what is compared is read here
 
 from llada_jax import cli
 from llada_jax.fields import InputError
+from llada_jax.files import COMMIT
 from llada_jax.interop.workdir import saved_steps
 from llada_jax.tools.digest import digest
 
@@ -56,7 +57,8 @@ class Run:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        environment = os.environ | {
+        environment = {name: value for name, value in os.environ.items() if name != "TF_CPP_MIN_LOG_LEVEL"}  # JAX's own
+        environment |= {
             "JAX_PLATFORMS": "cpu",
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES // processes} {QUICK}",
             "JAX_COMPILATION_CACHE_DIR": str(workdir.parent / "cache"),
@@ -88,13 +90,14 @@ class Run:
 
     def moment(self) -> str:
         """What is going on, as far as the files tell."""
-        config = self.workdir / "config.json"
-        if not config.exists() or config.stat().st_mtime < self.began:
-            touched = self.workdir.exists() and self.workdir.stat().st_mtime >= self.began
-            return "preparing" if touched else "joining"
+        lease = self.workdir / "lease.json"
+        if not lease.exists() or lease.stat().st_mtime < self.began:
+            return "joining"
         if " steps from " not in self.logs[0].read_text():
+            if not (self.workdir / "inputs.json").exists():
+                return "preparing"
             return "starting" if not self.steps() else "restoring"
-        if any(self.workdir.glob("checkpoints/*.writing")):
+        if any(not (place / COMMIT).exists() for place in self.workdir.glob("checkpoints/*")):
             return "saving" if self.steps() else "first save"
         return "computing"
 
@@ -138,10 +141,16 @@ def metrics(workdir: Path) -> list[dict]:
     return [{name: value for name, value in line.items() if not name.startswith("4_")} for line in lines]
 
 
-def finish(run: Run) -> None:
-    codes = run.wait()
-    if any(codes):
-        raise InputError(f"{run.workdir}: ended with {codes}: {run.output()[-2000:]}")
+def finish(workdir: Path, processes: int, steps: int) -> None:
+    """Trains to the end, once more where the processes of a busy machine have missed each other (Gloo waits 30 s)."""
+    for _ in range(3):
+        run = Run(workdir, processes, steps)
+        codes = run.wait()
+        if not any(codes):
+            return
+        if "Gloo context initialization failed" not in run.output():
+            break
+    raise InputError(f"{workdir}: ended with {codes}: {run.output()[-2000:]}")
 
 
 def same(whole: Path, killed: Path) -> list[tuple[int, str, str]]:
@@ -171,7 +180,7 @@ def main(_argv: list[str]) -> None:
     root = Path(options.workdir).resolve()
     if root.exists() and any(root.iterdir()):
         raise InputError(f"{root}: exists and is not empty; give a new directory")
-    finish(Run(root / "whole", options.processes, options.steps))
+    finish(root / "whole", options.processes, options.steps)
     draw, done, tried = random.Random(options.seed), 0, 0
     print("| kill | moment | process | goes on at step | the others ended with | after s |\n|---|---|---|---|---|---|")
     while done < options.kills:
@@ -187,7 +196,7 @@ def main(_argv: list[str]) -> None:
         print(f"| {' | '.join(map(str, cells))} |", flush=True)
         if bad := [code for code in struck.codes if code in (0, 2)]:
             raise InputError(f"a process that lost another ended with {bad[0]}, which nobody starts again")
-    finish(Run(root / "killed", options.processes, options.steps))
+    finish(root / "killed", options.processes, options.steps)
     compared = same(root / "whole", root / "killed")
     print()
     for step, one, other in compared:

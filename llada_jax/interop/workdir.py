@@ -1,7 +1,7 @@
 """The workdir of a run: its config, its checkpoints, and the model that is in them.
 
-A workdir holds checkpoints/STEP/{model,optimizer,guard,checksums.json}, config.json and the tokenizer. A checkpoint
-carries the config, too.
+A workdir holds checkpoints/STEP/{model,optimizer,guard,checksums.json,commit_success.txt}, config.json and the
+tokenizer. A checkpoint carries the config, too.
 """
 
 import contextlib
@@ -10,7 +10,6 @@ import errno
 import json
 import math
 import os
-import re
 import shutil
 import sys
 import time
@@ -24,7 +23,7 @@ from orbax.checkpoint import v1 as ocp
 
 from llada_jax.config import run_config
 from llada_jax.fields import InputError
-from llada_jax.files import damage, read_json, require_files, write_checksums
+from llada_jax.files import COMMIT, damage, read_json, require_files, write_checksums
 from llada_jax.model.config import ModelConfig, model_config
 from llada_jax.model.transformer import Transformer
 from llada_jax.parallel import processes
@@ -32,12 +31,11 @@ from llada_jax.parallel.mesh import require_divides, require_mesh
 
 
 def saved_steps(directory: Path) -> list[int]:
-    """The steps of which there is a complete checkpoint in a directory, in no order."""
+    """The steps of which there is a checkpoint in a directory that Orbax has completed, in no order."""
     if not os.path.isdir(directory):
         return []
-    return [
-        int(path.name) for path in directory.iterdir() if re.fullmatch("0|[1-9][0-9]*", path.name) and path.is_dir()
-    ]
+    names = [path.name for path in directory.iterdir() if path.name.isascii() and path.name.isdigit()]
+    return [int(name) for name in names if str(int(name)) == name and (directory / name / COMMIT).is_file()]
 
 
 def place_of(workdir: str | Path, step: int | None = None) -> Path:
@@ -124,10 +122,11 @@ def _damage(place: Path, share: int, shares: int) -> str:
 def save_model(model: Transformer, directory: Path) -> None:
     """Writes config.json and checkpoints/0 with this model and its checksums into a directory that exists."""
     leaves = dict(named_leaves(model))
+    context = frugal(leaves.values(), ocdbt=False)
+    context.atomicity.mode = "commit_file"
     with (
         _gone_on_failure(directory / "checkpoints") as place,
-        ocp.training.Checkpointer(epath.Path(place).resolve()) as orbax,
-        frugal(leaves.values(), ocdbt=False),
+        ocp.training.Checkpointer(epath.Path(place).resolve(), context=context) as orbax,
     ):
         orbax.save_checkpointables(0, {"model": leaves})
     write_checksums(directory / "checkpoints" / "0")

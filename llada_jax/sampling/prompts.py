@@ -42,12 +42,23 @@ def reply_text(tokenizer, ids) -> str:
 
 
 def complete(model, tokenizer, prompt: str, *, gen_length: int = 32, key: jax.Array | None = None) -> str:
-    """A short greedy completion, for the logs of a run."""
+    """A short greedy completion, with its prompt, for the logs of a run."""
     ids = encode_prompt(tokenizer, prompt)
+    return tokenizer.decode(_continue(model, ids, gen_length, key)[1:])
+
+
+def reply(model, tokenizer, message: str, *, gen_length: int = 32, key: jax.Array | None = None) -> str:
+    """A short greedy reply to a message under the chat template, for the logs of a run."""
+    ids = tokenizer.encode_chat([{"role": "user", "content": message}])
+    return reply_text(tokenizer, _continue(model, ids, gen_length, key)[len(ids) :])
+
+
+def _continue(model, ids: list[int], gen_length: int, key: jax.Array | None) -> np.ndarray:
+    """int [len(ids) + at most gen_length]."""
     gen_length = min(gen_length, model.config.max_sequence_length - len(ids))
     mesh = current_mesh()
     gen_length -= (len(ids) + gen_length) % (1 if mesh is None else mesh.shape["context"])  # it splits the columns
     if gen_length < 1:
         raise InputError(f"config.train.sample_prompt: its {len(ids)} tokens leave no room in the model's context")
     out = generate(model, np.asarray([ids]), gen_length=gen_length, steps=gen_length, block_length=gen_length, key=key)
-    return tokenizer.decode(np.asarray(out)[0, 1:])
+    return np.asarray(out)[0]

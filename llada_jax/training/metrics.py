@@ -1,8 +1,10 @@
 """What a run reports: the ELBO (smooth and raw), throughput, MFU; to TensorBoard, metrics.jsonl and the terminal."""
 
+import contextlib
 import math
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +14,15 @@ from tqdm import tqdm
 
 from llada_jax.model.config import ModelConfig
 from llada_jax.objectives.elbo import BUCKETS
-from llada_jax.training.monitor import Goodput
+from llada_jax.parallel import chips
+from llada_jax.training.monitor import Events, Goodput
 from llada_jax.training.writer import Board, Lines
-
-# Peak dense bf16 FLOP/s of one JAX device, by the start of its device_kind.
-PEAK_FLOPS = {
-    "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5": 459e12, "TPU v6 lite": 918e12, "TPU7x": 1153.5e12,
-    "NVIDIA H100": 989e12, "NVIDIA H200": 989e12, "NVIDIA A100": 312e12,
-}  # fmt: skip
 
 _PLAIN_SECONDS = 10.0  # between lines where there is no terminal
 
-_ABOUT = """The ELBO weights a row by 1/p, so a row with few masks speaks loudly and `elbo` is a noisy curve. The smooth
-one holds the same quantity: cross-entropy at masked positions, averaged within ten ranges of the mask ratio over the
-recent steps, then over the ranges, since the ELBO is the integral of that cross-entropy over the ratio."""
+_ABOUT = """The ELBO weights a row by 1/p, so a row with few masks has a large weight and `elbo` is a noisy curve. The
+smooth one holds the same quantity: cross-entropy at masked positions, averaged within ten ranges of the mask ratio
+over the recent steps, then over the ranges, since the ELBO is the integral of that cross-entropy over the ratio."""
 
 
 def flops_per_step(c: ModelConfig, rows: int, length: int, scored: float) -> float:
@@ -70,62 +67,83 @@ class Reporter:
     """Turns device metrics into scalars and writes them; only process 0 writes."""
 
     def __init__(
-        self, workdir: str | Path, c: ModelConfig, *, rows: int, length: int, tokens_per_byte: float, schedule,
+        self, workdir: str | Path, c: ModelConfig, *, rows: int, length: int, tokens_per_byte: float | None, schedule,
         total_steps: int, first_step: int, log_every: int, title: str, notes: dict[str, Any], goodput: Goodput,
+        events: Events,
     ):  # fmt: skip
+        self.directory = Path(workdir)
         self._c, self._rows, self._length, self._tokens_per_byte = c, rows, length, tokens_per_byte
         self._schedule, self._total, self._log_every, self._title = schedule, total_steps, log_every, title
         self._smooth = SmoothElbo(sums=notes["smooth_elbo"]) if notes else SmoothElbo()
-        self._goodput, self._replaced_rows = goodput, 0.0
+        self._goodput, self._events, self._replaced_rows = goodput, events, 0.0
+        self._what = "ce" if c.causal else "elbo"  # of the control it is no bound
         self._writes = jax.process_index() == 0
+        self._first_step = first_step + 1  # which is compiled: its time says nothing of the others
         self.restart_clock()
         if self._writes:
-            self._board = Board(Path(workdir), first_step)
+            self._board = Board(self.directory, first_step)
             self._board.add_text("about_the_curves", _ABOUT, first_step)
-            self._lines = Lines(Path(workdir) / "metrics.jsonl", first_step)
+            self._lines = Lines(self.directory / "metrics.jsonl", first_step)
             terminal = sys.stderr.isatty()
             self._bar = tqdm(total=total_steps, initial=first_step, desc=title, unit="step", disable=not terminal)
             self._plain, self._last_line = not terminal, time.perf_counter()
 
     def step(self, step: int, metrics: dict, data_seconds: float) -> None:
-        """Takes one step's metrics (device arrays of a finished step) and writes at every log_every-th."""
+        """Takes one step's metrics (arrays of a finished step) and writes at every log_every-th."""
         m = {name: np.asarray(value, np.float64) for name, value in jax.device_get(metrics).items()}
         if np.isfinite(m["ce_sum"]).all():
             self._smooth.add(m["ce_sum"], m["ce_count"])
+        self._steps += 1
         self._tokens += float(m["tokens"])
         self._flops += flops_per_step(self._c, self._rows, self._length, float(m["ce_count"].sum()))
         self._data_seconds += data_seconds
+        if step == self._first_step:
+            self.restart_clock()
         self._replaced_rows += float(m.get("replaced_rows", 0.0))
         if self._writes:
             self._bar.update(1)
         if step % self._log_every and step != self._total:
             return
-        seconds = max(time.perf_counter() - self._since, 1e-9)
-        scalars = {"1_loss/smooth_elbo_nats_per_token": self._smooth.nats_per_token(), "1_loss/loss": float(m["loss"])}
-        scalars |= _elbo("1_loss/elbo", m, self._tokens_per_byte)
-        for i, nats in enumerate(self._smooth.by_ratio()):
-            if np.isfinite(nats) and not self._c.causal:
-                scalars[f"2_ce_by_mask_ratio/{i / BUCKETS:.1f}-{(i + 1) / BUCKETS:.1f}"] = float(nats)
-        scalars["3_optimizer/grad_norm"] = float(m["grad_norm"])
-        made = step - 1 - int(m["skipped"])  # updates before this one
-        scalars["3_optimizer/learning_rate"] = float(self._schedule(made) * m["rate"])
-        scalars["3_optimizer/skipped_updates"] = float(m["skipped"])
-        scalars["4_speed/tokens_per_second"] = self._tokens / seconds
-        scalars["4_speed/data_wait_share"] = self._data_seconds / seconds
-        scalars["4_speed/seconds_per_step"] = seconds / self._log_every
+        scalars = self._losses(m) | self._optimizer(step, m) | self._goodput.scalars()
+        if self._steps:
+            scalars |= self._speed(m)
         if "replaced_rows" in m:
             scalars["5_data/replaced_rows"], self._replaced_rows = self._replaced_rows, 0.0  # since the last line
-        scalars |= self._goodput.scalars()
-        if "host_seconds" in m:  # of each device, those of its host
-            slowest, mean = float(m["host_seconds"].max()), float(m["host_seconds"].mean())
-            scalars["4_speed/slowest_host_over_mean"] = slowest / mean
-            scalars["4_speed/slowest_host_seconds_per_step"] = slowest / self._log_every
-        peak = peak_flops()
-        if peak:
-            scalars["4_speed/mfu"] = self._flops / seconds / (peak * jax.device_count())
         self.restart_clock()
         self.write(step, scalars)
         self._show(step, scalars)
+
+    def _losses(self, m: dict[str, np.ndarray]) -> dict[str, float]:
+        smooth = f"1_loss/smooth_{self._what}_nats_per_token"
+        scalars = {smooth: self._smooth.nats_per_token(), "1_loss/loss": float(m["loss"])}
+        scalars |= self._per_token("1_loss", m)
+        for i, nats in enumerate(self._smooth.by_ratio()):
+            if np.isfinite(nats) and not self._c.causal:
+                scalars[f"2_ce_by_mask_ratio/{i / BUCKETS:.1f}-{(i + 1) / BUCKETS:.1f}"] = float(nats)
+        return scalars
+
+    def _optimizer(self, step: int, m: dict[str, np.ndarray]) -> dict[str, float]:
+        made = step - 1 - int(m["skipped"])  # updates before this one
+        return {
+            "3_optimizer/grad_norm": float(m["grad_norm"]),
+            "3_optimizer/learning_rate": float(self._schedule(made) * m["rate"]),
+            "3_optimizer/skipped_updates": float(m["skipped"]),
+        }
+
+    def _speed(self, m: dict[str, np.ndarray]) -> dict[str, float]:
+        seconds = max(time.perf_counter() - self._since, 1e-9)
+        scalars = {
+            "4_speed/tokens_per_second": self._tokens / seconds,
+            "4_speed/data_wait_share": self._data_seconds / seconds,
+            "4_speed/seconds_per_step": seconds / self._steps,
+        }
+        if "host_seconds" in m:  # of each device, those of a step on its host
+            slowest, mean = float(m["host_seconds"].max()), float(m["host_seconds"].mean())
+            scalars["4_speed/slowest_host_over_mean"] = slowest / mean
+            scalars["4_speed/slowest_host_seconds_per_step"] = slowest
+        if peak := chips.peak_flops(jax.devices()[0].device_kind):
+            scalars["4_speed/mfu"] = self._flops / seconds / (peak * jax.device_count())
+        return scalars
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
         """To TensorBoard and metrics.jsonl."""
@@ -146,11 +164,15 @@ class Reporter:
             self._lines.flush()
 
     def evaluation(self, step: int, metrics: dict) -> dict[str, float]:
-        """Writes the validation ELBO from summed metrics; returns the scalars."""
+        """Writes the validation loss from summed metrics, and says where it is not finite; returns the scalars."""
         m = {name: np.asarray(value, np.float64) for name, value in metrics.items()}
-        scalars = _elbo("0_validation/elbo", m, self._tokens_per_byte)
+        scalars = self._per_token("0_validation", m)
         self.write(step, scalars)
         self.say(f"{self._title}: step {step} validation " + _short(scalars))
+        if not all(map(math.isfinite, scalars.values())):
+            cause = f"the validation loss of step {step} is not finite"
+            self.say(f"{self._title}: {cause}: parameters or activations have overflowed")
+            self._events.write("not finite", step=step, cause=cause, action="the run goes on")
         return scalars
 
     def text(self, step: int, name: str, text: str) -> None:
@@ -164,8 +186,16 @@ class Reporter:
             tqdm.write(line, file=sys.stderr)
 
     def restart_clock(self) -> None:
-        """Leaves what just happened (an evaluation, a save) out of the throughput."""
-        self._tokens, self._flops, self._data_seconds, self._since = 0.0, 0.0, 0.0, time.perf_counter()
+        """Begins the next window of throughput."""
+        self._steps, self._tokens, self._flops, self._data_seconds = 0, 0.0, 0.0, 0.0
+        self._since = time.perf_counter()
+
+    @contextlib.contextmanager
+    def not_counted(self) -> Iterator[None]:
+        """What is done inside (an evaluation, a save) takes no time from the window of throughput."""
+        start = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - start
 
     def close(self) -> None:
         self.say(f"{self._title}: {self._goodput.line()}")
@@ -174,37 +204,30 @@ class Reporter:
             self._board.close()
             self._lines.close()
 
+    def _per_token(self, group: str, m: dict[str, np.ndarray]) -> dict[str, float]:
+        nats = float(m["elbo_sum"] / max(float(m["tokens"]), 1.0))
+        bits = nats / math.log(2)
+        found = {f"{group}/{self._what}_nats_per_token": nats, f"{group}/{self._what}_bits_per_token": bits}
+        if self._tokens_per_byte is not None:
+            found[f"{group}/{self._what}_bits_per_byte"] = bits * self._tokens_per_byte
+        return found
+
     def _show(self, step: int, scalars: dict[str, float]) -> None:
         if not self._writes:
             return
-        smooth, speed = scalars["1_loss/smooth_elbo_nats_per_token"], scalars["4_speed/tokens_per_second"]
-        self._bar.set_postfix_str(f"elbo {smooth:.3f} nats/token, {speed:,.0f} tokens/s")
+        smooth = scalars[f"1_loss/smooth_{self._what}_nats_per_token"]
+        words = [f"{self._what} {smooth:.3f} nats/token (smooth)"]
+        if "4_speed/tokens_per_second" in scalars:
+            words.append(f"{scalars['4_speed/tokens_per_second']:,.0f} tokens/s")
+        self._bar.set_postfix_str(", ".join(words))
         if self._plain and (time.perf_counter() - self._last_line > _PLAIN_SECONDS or step == self._total):
             self._last_line = time.perf_counter()
-            left = (self._total - step) * scalars["4_speed/seconds_per_step"]
-            mfu = f", MFU {scalars['4_speed/mfu']:.1%}" if "4_speed/mfu" in scalars else ""
-            minutes, seconds = divmod(round(left), 60)
-            self.say(
-                f"{self._title}: step {step}/{self._total} elbo {smooth:.3f} nats/token (smooth), "
-                f"{speed:,.0f} tokens/s{mfu}, {minutes}:{seconds:02d} left"
-            )
-
-
-def peak_flops() -> float | None:
-    """Peak bf16 FLOP/s of one device, or None for an unknown kind (CPUs)."""
-    kind = jax.devices()[0].device_kind
-    matches = [name for name in PEAK_FLOPS if kind.startswith(name)]
-    return PEAK_FLOPS[max(matches, key=len)] if matches else None
-
-
-def _elbo(name: str, m: dict[str, np.ndarray], tokens_per_byte: float) -> dict[str, float]:
-    nats = float(m["elbo_sum"] / max(float(m["tokens"]), 1.0))
-    bits = nats / math.log(2)
-    return {
-        f"{name}_nats_per_token": nats,
-        f"{name}_bits_per_token": bits,
-        f"{name}_bits_per_byte": bits * tokens_per_byte,
-    }
+            if "4_speed/mfu" in scalars:
+                words.append(f"MFU {scalars['4_speed/mfu']:.1%}")
+            if "4_speed/seconds_per_step" in scalars:
+                minutes, seconds = divmod(round((self._total - step) * scalars["4_speed/seconds_per_step"]), 60)
+                words.append(f"{minutes}:{seconds:02d} left")
+            self.say(f"{self._title}: step {step}/{self._total} {', '.join(words)}")
 
 
 def _number(value: float) -> float | None:

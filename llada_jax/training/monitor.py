@@ -1,13 +1,14 @@
 """What a run says of itself besides its numbers: events, goodput, and where it stands still.
 
 Goodput is how much of a run's time went into steps that count, and what took the rest. It is counted over the life of a
-workdir, through kills and restarts, in goodput.json, which is replaced every few seconds.
+workdir, through kills and restarts, in goodput.json, which is replaced every few seconds. None of this ends a run: what
+can't be written is said once on stderr.
 """
 
 import faulthandler
 import json
+import os
 import sys
-import tempfile
 import threading
 import time
 from pathlib import Path
@@ -16,27 +17,54 @@ from typing import NamedTuple
 import jax
 
 from llada_jax.fields import InputError
+from llada_jax.files import read_json, write_atomic
 from llada_jax.parallel import processes
 
 
 class Events:
-    """Appends lines {"time", "step", "event", "cause", "action"} to `workdir`/events.jsonl, on the first process only.
+    """Appends lines {"time", "step", "event", "cause", "action"} to `workdir`/events.jsonl.
 
-    time: seconds since 1970.
+    time: seconds since 1970. The first process writes; `own` events, which the others can't know of, reach it from
+    everywhere, and are written when it calls `collect`.
     """
 
     def __init__(self, workdir: str | Path):
         self._path = Path(workdir) / "events.jsonl"
 
-    def write(self, event: str, *, step: int, cause: str, action: str) -> None:
+    def write(self, event: str, *, step: int, cause: str, action: str, own: bool = False) -> None:
         line = {"time": time.time(), "step": step, "event": event, "cause": cause, "action": action}
+        text = json.dumps(line, ensure_ascii=False)
         if processes.is_first():
-            with self._path.open("a", encoding="utf-8") as file:  # closed at once: a kill loses nothing
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            self._append(text)
+        elif own:
+            processes.send(text)
+
+    def collect(self) -> None:
+        """Writes what the other processes have sent; for the first one."""
+        for text in processes.received():
+            self._append(text)
+
+    def _append(self, text: str) -> None:
+        try:
+            # Not blocking, for a pipe that nobody reads; closed at once, so that a kill loses nothing.
+            with open(self._path, "ab", opener=lambda path, mode: os.open(path, mode | os.O_NONBLOCK, 0o666)) as file:
+                file.write(text.encode() + b"\n")
+        except OSError as error:
+            warn_once(f"{self._path}: {error.strerror}; not in it: {text}")
 
 
-# Where time goes, as it is told; "step" is the good part. "again": steps computed before, lost to a kill or undone by a
-# rollback. "down": from the last sign of life of one process to the start of the next.
+_warned: set[str] = set()
+
+
+def warn_once(line: str) -> None:
+    """A line on stderr, if it was not there yet."""
+    if line not in _warned:
+        _warned.add(line)
+        print(line, file=sys.stderr, flush=True)
+
+
+# Where time goes, as it is shown; "step" is the good part. "again": steps computed before, lost to a kill or undone by
+# a rollback. "down": from the last sign of life of one process to the start of the next.
 PHASES = {
     "start": "starting", "compile": "compiling", "restore": "restoring", "data": "waiting for data", "step": "steps",
     "again": "steps computed again", "save": "saving", "evaluate": "evaluating", "sample": "sampling", "down": "down",
@@ -55,22 +83,21 @@ class Goodput:
     """The clock of a run, which is in one phase at any moment. Another thread may read and write it."""
 
     def __init__(self, workdir: str | Path, begun: float):
-        """begun: seconds since 1970 at which this process began. Raises InputError if goodput.json is damaged."""
+        """begun: seconds since 1970 at which this process began. A damaged goodput.json is counted anew."""
         self._path = Path(workdir) / "goodput.json"
         self._seconds = dict.fromkeys(PHASES, 0.0)
         self._reached = 0  # the last step that any process of this run began
+        self._saved = 0  # the newest checkpoint that there was
         self._again = False
         self._lock = threading.Lock()
-        if self._path.exists():
-            try:
-                stored = json.loads(self._path.read_text())
+        try:
+            if stored := read_goodput(workdir):
                 self._seconds |= {phase: float(stored["seconds"][phase]) for phase in PHASES}
                 self._seconds["down"] += max(begun - float(stored["time"]), 0.0)
-                self._reached = int(stored["step"])
-            except (ValueError, KeyError, TypeError) as error:
-                raise InputError(
-                    f"{self._path}: damaged ({error!r}); remove it, and time counts from now on"
-                ) from error
+                self._reached, self._saved = int(stored["step"]), int(stored.get("saved", 0))
+        except (InputError, ValueError, KeyError, TypeError, OverflowError) as error:
+            warn_once(f"{self._path}: damaged ({error!r}); time counts from now on")
+            self._seconds = dict.fromkeys(PHASES, 0.0)
         self.now = Now("start", time.monotonic() - max(time.time() - begun, 0.0), 0)
 
     def enter(self, phase: str, *, step: int | None = None, hidden: bool = False) -> None:
@@ -102,19 +129,31 @@ class Goodput:
         seconds = self.seconds()
         total, good = max(sum(seconds.values()), 1e-9), seconds.pop("step")
         lost = sorted(((spent, phase) for phase, spent in seconds.items() if spent >= 0.0005 * total), reverse=True)
-        told = ", ".join(f"{PHASES[phase]} {spent / total:.1%}" for spent, phase in lost)
-        return f"goodput {good / total:.1%} of {_clock(total)}; lost: {told or 'nothing'}"
+        shown = ", ".join(f"{PHASES[phase]} {spent / total:.1%}" for spent, phase in lost)
+        return f"goodput {good / total:.1%} of {_clock(total)}; lost: {shown or 'nothing'}"
+
+    def saved(self, step: int) -> None:
+        """Notes that there is a checkpoint of `step`: a run that finds none later does not begin anew by itself."""
+        self._saved = step
+        self.write()
 
     def write(self) -> None:
-        """Keeps it for the next process. Raises OSError when the disk is full."""
+        """Keeps it for the next process."""
         if processes.is_first():
-            stored = {"time": time.time(), "step": self._reached, "seconds": self.seconds()}
-            temporary = self._path.with_name("goodput.json.tmp")
-            temporary.write_text(json.dumps(stored, indent=1))
-            temporary.replace(self._path)
+            stored = {"time": time.time(), "step": self._reached, "saved": self._saved, "seconds": self.seconds()}
+            try:
+                write_atomic(self._path, json.dumps(stored, indent=1))
+            except OSError as error:
+                warn_once(f"{self._path} is not up to date: {error.strerror}")
 
     def _counted(self, phase: str) -> str:
         return "again" if phase == "step" and self._again else phase
+
+
+def read_goodput(workdir: str | Path) -> dict:
+    """What goodput.json holds; {} if there is none. Raises InputError if it is damaged."""
+    path = Path(workdir) / "goodput.json"
+    return read_json(path) if path.exists() else {}
 
 
 def _clock(seconds: float) -> str:
@@ -129,7 +168,7 @@ _WRITE_SECONDS = 5.0
 class Watchdog:
     """Watches `goodput` until `close`: a phase of more than `stall_seconds` is reported once (0: never).
 
-    Each process tells its own on stderr, with the stacks of all its threads; the first also in events.jsonl.
+    Each process prints its own on stderr, with the stacks of all its threads, even where Python itself stands still.
     """
 
     def __init__(self, goodput: Goodput, events: Events, stall_seconds: float):
@@ -141,33 +180,31 @@ class Watchdog:
     def close(self) -> None:
         self._stop.set()
         self._thread.join()
+        faulthandler.cancel_dump_traceback_later()
         self._goodput.write()
+        self._events.collect()
 
     def _watch(self) -> None:
-        reported, written, failure = None, time.monotonic(), ""
+        seen, reported, written = None, None, time.monotonic()
         while not self._stop.wait(min(1.0, self._stall_seconds / 4 or 1.0)):
             now, moment = self._goodput.now, time.monotonic()
+            if now != seen:
+                seen = now
+                self._arm(now, moment)
             if 0 < self._stall_seconds < moment - now.since and now.phase not in _UNTIMED and now != reported:
                 reported = now
-                self._report(now.phase, now.step, moment - now.since)
+                cause = f"process {jax.process_index()} has been in phase {now.phase!r} for {moment - now.since:.0f} s"
+                print(f"stalled at step {now.step}: {cause}; its threads are above", file=sys.stderr, flush=True)
+                action = "its threads are on stderr; the run goes on waiting"
+                self._events.write("stall", step=now.step, cause=cause, action=action, own=True)
             if moment - written > _WRITE_SECONDS:
                 written = moment
-                try:
-                    self._goodput.write()
-                except OSError as error:
-                    if str(error) != failure:  # once, not every few seconds
-                        failure = str(error)
-                        print(f"goodput.json is not up to date: {failure}", file=sys.stderr)
+                self._goodput.write()
+                self._events.collect()
 
-    def _report(self, phase: str, step: int, seconds: float) -> None:
-        cause = f"process {jax.process_index()} has been in phase {phase!r} for {seconds:.0f} seconds"
-        stacks = _stacks()
-        print(f"stalled at step {step}: {cause}; its threads:\n{stacks}", file=sys.stderr, flush=True)
-        self._events.write("stall", step=step, cause=f"{cause}\n{stacks}", action="reported; the run goes on waiting")
-
-
-def _stacks() -> str:
-    with tempfile.TemporaryFile("w+") as file:
-        faulthandler.dump_traceback(file, all_threads=True)
-        file.seek(0)
-        return file.read()
+    def _arm(self, now: Now, moment: float) -> None:
+        """Sets the timer of faulthandler, which needs no Python to go off, for the phase that has begun."""
+        faulthandler.cancel_dump_traceback_later()
+        if self._stall_seconds > 0 and now.phase not in _UNTIMED and sys.__stderr__ is not None:
+            left = max(self._stall_seconds - (moment - now.since), 0.01)
+            faulthandler.dump_traceback_later(left, file=sys.__stderr__)

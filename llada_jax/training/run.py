@@ -10,48 +10,74 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from llada_jax.config import RunConfig, check_config
 from llada_jax.data import KINDS, dataset, pipeline, prepare, sources
 from llada_jax.data.tokenizer import Tokenizer, load_tokenizer
 from llada_jax.data.train_tokenizer import train_tokenizer
-from llada_jax.fields import InputError
-from llada_jax.interop import families, hf
+from llada_jax.fields import InputError, RunFailed
+from llada_jax.interop import hf
 from llada_jax.model.attention import kernel_for
-from llada_jax.model.config import ModelConfig, model_config
+from llada_jax.model.config import ModelConfig
 from llada_jax.model.transformer import parameter_count
 from llada_jax.objectives import OBJECTIVES
 from llada_jax.objectives.elbo import Batch
 from llada_jax.parallel import chips, processes
-from llada_jax.parallel.mesh import global_batch, make_mesh, mesh_shape, platform, require_divides, rows_of_process
-from llada_jax.sampling import prompts
+from llada_jax.parallel.mesh import global_batch, make_mesh, platform, require_divides, rows_of_process
 from llada_jax.streams import stream
 from llada_jax.training import checkpoint, optimizer, preemption, stability
-from llada_jax.training.loop import Loop
+from llada_jax.training import workdir as workdirs
+from llada_jax.training.check import check, fit_to_tokenizer, phases
+from llada_jax.training.loop import Loop, evaluator, sampler
 from llada_jax.training.metrics import Reporter
 from llada_jax.training.monitor import Events, Goodput, Watchdog
-from llada_jax.training.step import init_state, make_eval_step, make_train_step
+from llada_jax.training.step import TrainState, init_state, make_train_step
+
+Stored = dict[str, Any] | None  # the config of the run that a workdir holds
 
 
 def train(
-    config: RunConfig, workdir: str | Path, *, title: str = "train", allow_config_change: bool = False
-) -> dict[str, float]:
+    config: RunConfig, workdir: str | Path, *, title: str = "train", allow_config_change: bool = False,
+    signals: preemption.Signals | None = None,
+) -> dict[str, float]:  # fmt: skip
     """Runs what `config` says in `workdir`, from its newest checkpoint if it has one; returns the last scalars.
 
-    A run that continues may have another learning rate with `allow_config_change`. Raises InputError for whatever a
-    user can get wrong, before anything is written where that is possible, and where the numbers go wrong again after
-    each rollback; cli.Preempted after a SIGTERM.
+    A run that continues may have another learning rate with `allow_config_change`. signals: those of a program that
+    listens already. Raises InputError for whatever a user can get wrong, found before the first step, RunFailed for
+    what goes wrong later, and cli.Preempted after SIGTERM or Ctrl-C.
     """
-    while True:
-        try:
-            return _train(config, workdir, title, allow_config_change)
-        except stability.Diverged as error:
-            failure = error.with_traceback(None)  # which would keep the state in memory
-        processes.on_first_process(functools.partial(_roll_back, Path(workdir), config.train, failure))
+    begun = time.time()
+    if "://" in str(workdir):
+        raise InputError(f"--workdir={workdir}: mount the bucket, with gcsfuse say, and give the mounted directory")
+    workdir, config = Path(workdir), config.copy_and_resolve_references()
+    with processes.all_or_none():
+        check_config(config)
+        processes.agree("config or --workdir", [config.to_dict(), str(workdir)])
+        if workdir.exists() and not workdir.is_dir():
+            raise InputError(f"{workdir}: is a file; --workdir names a directory")
+    stored = processes.on_first_process(lambda: workdirs.begun(workdir, config))
+    with processes.all_or_none():
+        check(config, jax.device_count(), stored)
+        kernel_for(config.model.attention_kernel, platform(), config.model.dtype)
+        mesh = make_mesh(dict(config.mesh))
+    signals = signals or preemption.Signals()
+    with jax.set_mesh(mesh), _taken(workdir, signals) as lease:
+        while True:
+            with _nothing_left_behind(workdir, stored):
+                run = _set_up(config, workdir, mesh, stored, begun, title, allow_config_change, signals, lease)
+            try:
+                return _steps(run, config, signals)
+            except stability.Diverged as error:
+                failure = error.with_traceback(None)  # which would keep the state in memory
+            del run
+            processes.on_first_process(functools.partial(_roll_back, workdir, config.train, failure))
+            begun, stored = time.time(), processes.on_first_process(lambda: workdirs.begun(workdir, config))
 
 
 def _roll_back(workdir: Path, fields, failure: stability.Diverged) -> None:
@@ -59,63 +85,108 @@ def _roll_back(workdir: Path, fields, failure: stability.Diverged) -> None:
     print(stability.record_rollback(workdir, failure, place, fields), file=sys.stderr)
 
 
-def _train(config: RunConfig, workdir: str | Path, title: str, allow_config_change: bool) -> dict[str, float]:
-    begun = time.time()
-    if "://" in str(workdir):
-        raise InputError(f"--workdir={workdir}: mount the bucket, with gcsfuse say, and give the mounted directory")
-    workdir = Path(workdir)
-    config = config.copy_and_resolve_references()
-    total, rows_per_step = config.train.steps, config.train.batch_size
-    with _nothing_left_behind(workdir), processes.all_or_none():
-        processes.agree("config or --workdir", [config.to_dict(), str(workdir)])
-        check(config, jax.device_count())
-        kernel_for(config.model.attention_kernel, platform(), config.model.dtype)
-        mesh = make_mesh(dict(config.mesh))
+@contextlib.contextmanager
+def _taken(workdir: Path, signals: preemption.Signals) -> Iterator[workdirs.Lease | None]:
+    """The workdir is this run's alone until the end; the lease, which only the first process has."""
+    leases: list[workdirs.Lease] = []
+    processes.on_first_process(lambda: leases.append(workdirs.Lease(workdir)))
+    if not leases:
+        yield None
+        return
+    release = lambda *_: leases[0].release()
+    signals.before_end.append(release)
+    try:
+        yield leases[0]
+    finally:
+        signals.before_end.remove(release)
+        leases[0].release()
+
+
+@contextlib.contextmanager
+def _nothing_left_behind(workdir: Path, stored: Stored) -> Iterator[None]:
+    """If a mistake of the user's keeps a run from beginning, removes what was made for it in the workdir."""
+    before = {path.name for path in workdir.iterdir()} if processes.is_first() else set()
+    try:
+        yield
+    except InputError:
+        if processes.is_first() and stored is None:
+            for path in [path for path in workdir.iterdir() if path.name not in before]:
+                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+        raise
+
+
+class _Ready(NamedTuple):
+    """A run before its first step."""
+
+    loop: Loop
+    state: TrainState
+    step_fn: Any
+    batches: Iterator[Batch]
+    first: int  # the step that it goes on from
+
+
+def _set_up(
+    config: RunConfig, workdir: Path, mesh, stored: Stored, begun: float, title: str, allow_config_change: bool,
+    signals: preemption.Signals, lease: workdirs.Lease | None,
+) -> _Ready:  # fmt: skip
+    with processes.all_or_none():
         optax_optimizer, step_fn, options, refused = training_step(config, mesh)
-        if workdir.exists() and not workdir.is_dir():
-            raise InputError(f"{workdir}: is a file; --workdir names a directory")
-        tokenizer, rows, validation = open_data(config, workdir)
-        model = fit_to_tokenizer(config, tokenizer)
+        was_begun = stored is None and processes.on_first_process(lambda: workdirs.reserve(workdir, config))
+        tokenizer, rows, validation = open_data(config, workdir, resumed=stored is not None, replaces=was_begun)
+        model = fit_to_tokenizer(config, tokenizer, stored)
         require_divides(model, mesh, config.data.row_length)
         datasets = [source.path for source in (*rows.sources, *filter(None, [validation]))]
-        processes.on_first_process(lambda: _claim(workdir, config, tokenizer, datasets, allow_config_change))
+
+        def claim() -> None:
+            assert lease is not None
+            lease.confirm()
+            dataset.require_unchanged(workdir, datasets)
+            workdirs.claim(workdir, config, stored, allow_change=allow_config_change)
+            tokenizer.save(workdir / "tokenizer")
+            if config.train.init_from and stored is None:
+                hf.copy_companions(config.train.init_from, workdir / "tokenizer")
+
+        processes.on_first_process(claim)
         _require_shared(workdir / "config.json")
 
     clock, events = Goodput(workdir, begun), Events(workdir)
-    with jax.set_mesh(mesh):
-        saver = checkpoint.Checkpointer(workdir, config)
-        state, notes = _start(config, model, optax_optimizer, saver, mesh, options, clock)
-        first = int(state.step)
-        state.guard = stability.resumed(
-            state.guard, processes.on_first_process(lambda: stability.rollback_to(workdir, first))
-        )
-        schedule = optimizer.make_schedule(config.optimizer.schedule, **_phases(config))
-        with processes.all_or_none():
-            reporter = Reporter(
-                workdir, model, rows=rows_per_step, length=config.data.row_length,
-                tokens_per_byte=_tokens_per_byte(rows), schedule=schedule,
-                total_steps=total, first_step=first, log_every=config.train.log_every, title=title,
-                notes=notes, goodput=clock,
-            )  # fmt: skip
-        reporter.say(_opening(model, mesh, workdir, first, total, title))
-        for line in refused:
-            reporter.say(line)
-        objective = OBJECTIVES[config.objective.name]
-        eval_fn = make_eval_step(objective, config.objective, compiler_options=options)
-        key = stream(config.train.seed, "train")
-        batches = _batches(config, rows, tokenizer, first, mesh, int(state.guard.offset))
-        watch = Watchdog(clock, events, config.train.stall_seconds)
-        asked = preemption.Requests(mesh, config.checkpoint.every_minutes)
-        prompt = config.train.sample_prompt
-        loop = Loop(
-            config, saver, reporter, asked, clock, events,
-            evaluate=functools.partial(
-                _evaluate, eval_fn, config=config, validation=validation, tokenizer=tokenizer, mesh=mesh
-            ) if validation else None,
-            sample=(lambda model: prompts.complete(model, tokenizer, prompt)) if prompt else None,
+    saver = checkpoint.Checkpointer(workdir, config, on_saved=clock.saved)
+    state, notes = _start(config, model, optax_optimizer, saver, mesh, options, clock)
+    first = int(state.step)
+    rollback = processes.on_first_process(lambda: stability.rollback_to(workdir, first))
+    state.guard = stability.resumed(state.guard, rollback)
+    with processes.all_or_none():
+        reporter = Reporter(
+            workdir, model, rows=config.train.batch_size, length=config.data.row_length,
+            tokens_per_byte=_tokens_per_byte(rows), schedule=optimizer.make_schedule(
+                config.optimizer.schedule, **phases(config)
+            ), total_steps=config.train.steps, first_step=first, log_every=config.train.log_every, title=title,
+            notes=notes, goodput=clock, events=events,
         )  # fmt: skip
-        with contextlib.closing(reporter), contextlib.closing(watch), contextlib.closing(saver), asked:
-            return loop.run(state, step_fn, key, batches, first)
+    reporter.say(_opening(model, mesh, workdir, first, config.train.steps, title))
+    for line in refused:
+        reporter.say(line)
+    offset = int(state.guard.offset)
+    rows = dataclasses.replace(rows, on_damage=_on_damage(config, events, offset))
+    loop = Loop(
+        config, saver, reporter, preemption.Requests(mesh, config.checkpoint.every_minutes, signals), clock, events,
+        evaluate=evaluator(config, validation, tokenizer, mesh, options) if validation else None,
+        sample=sampler(config, tokenizer) if config.train.sample_prompt else None,
+    )  # fmt: skip
+    return _Ready(loop, state, step_fn, _batches(config, rows, tokenizer, first, mesh, offset), first)
+
+
+def _steps(run: _Ready, config: RunConfig, signals: preemption.Signals) -> dict[str, float]:
+    """From here on a signal asks the run to save, and nothing that goes wrong is a mistake of the user's."""
+    loop, state, step_fn, batches, first = run
+    watch = Watchdog(loop.clock, loop.events, config.train.stall_seconds)
+    with contextlib.closing(loop.reporter), contextlib.closing(watch), contextlib.closing(loop.saver), signals.asking():
+        try:
+            return loop.run(state, step_fn, stream(config.train.seed, "train"), batches, first)
+        except InputError as error:
+            failed: Any = RunFailed(str(error))
+            failed.shared = getattr(error, "shared", False)
+            raise failed from error
 
 
 def training_step(config: RunConfig, mesh):
@@ -124,7 +195,7 @@ def training_step(config: RunConfig, mesh):
     ahead/ compiles the same for devices that are not there.
     """
     objective = OBJECTIVES[config.objective.name]
-    optax_optimizer = optimizer.make_optimizer(config.optimizer, **_phases(config))
+    optax_optimizer = optimizer.make_optimizer(config.optimizer, **phases(config))
     options, refused = chips.of_mesh(mesh)
     step_fn = make_train_step(
         optax_optimizer, objective, config.objective, microbatches=config.train.microbatches,
@@ -133,31 +204,26 @@ def training_step(config: RunConfig, mesh):
     return optax_optimizer, step_fn, options, refused
 
 
-def _phases(config: RunConfig) -> dict[str, int]:
-    return dict(total_steps=config.train.steps, tokens_per_step=config.train.batch_size * config.data.row_length)
-
-
 def _start(config: RunConfig, model: ModelConfig, optax_optimizer, saver, mesh, options, clock):
     """State and notes of the newest checkpoint; else a fresh state, with the weights of `init_from` if that is set."""
+    clock.enter("restore")
+    restored = saver.restore(_abstract_state(model, optax_optimizer, mesh))
+    clock.enter("start")
+    if restored is not None:
+        return restored
     init = jax.jit(init_state, static_argnums=(0, 1), compiler_options=options)
     state = init(model, optax_optimizer, stream(config.train.seed, "init"))
-    clock.enter("restore")
-    newest = saver.newest()
-    if newest is not None:
-        return saver.restore(newest, state)
-    clock.enter("start")
     if config.train.init_from:
         weights = jax.tree.leaves(hf.load(config.train.init_from, "float32", mesh))
         state.trainable = jax.tree.unflatten(jax.tree.structure(state.trainable), weights)
     return state, {}
 
 
-def _claim(workdir: Path, config: RunConfig, tokenizer: Tokenizer, datasets: list[Path], allow_change: bool) -> None:
-    checkpoint.claim_workdir(workdir, config, allow_change=allow_change)
-    dataset.require_unchanged(workdir, datasets)
-    tokenizer.save(workdir / "tokenizer")
-    if config.train.init_from:
-        hf.copy_companions(config.train.init_from, workdir / "tokenizer")
+def _abstract_state(model: ModelConfig, optax_optimizer, mesh) -> TrainState:
+    """Shapes, types and shardings of a state, which take no memory. For use where the mesh is set."""
+    like = jax.eval_shape(lambda key: init_state(model, optax_optimizer, key), jax.random.key(0))
+    spec = lambda x: P() if x.sharding is None else x.sharding.spec  # of a scalar JAX may know none
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec(x))), like)
 
 
 def _require_shared(path: Path) -> None:
@@ -172,24 +238,6 @@ def _require_shared(path: Path) -> None:
     )
 
 
-@contextlib.contextmanager
-def _nothing_left_behind(workdir: Path) -> Iterator[None]:
-    """If a run can't begin, removes what was made for it: in the workdir, and the workdir if it was not there."""
-    if not processes.is_first():
-        yield
-        return
-    made = [path for path in (workdir / "data", workdir / "tokenizer") if not path.exists()]
-    is_new = not workdir.exists()
-    try:
-        yield
-    except BaseException:
-        for path in made:
-            shutil.rmtree(path, ignore_errors=True)
-        if is_new and workdir.is_dir() and not any(workdir.iterdir()):
-            workdir.rmdir()
-        raise
-
-
 def _opening(model: ModelConfig, mesh, workdir: Path, first: int, total: int, title: str) -> str:
     sizes = " ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
     start = f"from step {first}" if first else "from the start"
@@ -200,13 +248,17 @@ def _opening(model: ModelConfig, mesh, workdir: Path, first: int, total: int, ti
     )
 
 
-def open_data(config: RunConfig, workdir: Path):
-    """(tokenizer, order of training rows, validation rows or None). Files are prepared into workdir/data."""
+def open_data(config: RunConfig, workdir: Path, *, resumed: bool = False, replaces: bool = False):
+    """(tokenizer, order of training rows, validation rows or None). Files are prepared into workdir/data.
+
+    resumed: neither the files that were prepared nor the model that the run started from are looked at again.
+    replaces: what a start that never saved has prepared there may be replaced.
+    """
     data = config.data
     path = Path(data.path) if data.path else workdir / "data"
     weighted = [(path, 1.0), *pipeline.parse_mixture(data.mixture)]
     if not data.path:
-        processes.on_first_process(lambda: _prepare(config, workdir, path))
+        processes.on_first_process(lambda: _prepare(config, workdir, path, resumed, replaces))
         _require_shared(path)
     opened = [dataset.open_dataset(other) for other, _ in weighted]
     pipeline.require_fields(opened, data.kind)
@@ -216,10 +268,10 @@ def open_data(config: RunConfig, workdir: Path):
             raise InputError(
                 f"{source.path}: its rows are {source.row_length} long, config.data.row_length is {data.row_length}"
             )
-    if config.train.init_from:
+    if config.train.init_from and not resumed:
         _same_tokenizer(tokenizer, config.train.init_from, opened[0].path)
     weights = [weight for _, weight in weighted]
-    order = pipeline.ordered(opened, weights, config.train.seed, _on_damage(config, workdir))
+    order = pipeline.ordered(opened, weights, config.train.seed)
     held_out = path / "validation"
     validation = dataset.open_dataset(held_out) if (held_out / "manifest.json").exists() else None
     if len(opened[0]) == 0:
@@ -227,26 +279,35 @@ def open_data(config: RunConfig, workdir: Path):
     return tokenizer, order, validation
 
 
-def _on_damage(config: RunConfig, workdir: Path):
-    """What the pipeline calls for a damaged row; None: it stops the run."""
+def _on_damage(config: RunConfig, events: Events, offset: int):
+    """What the pipeline calls for a damaged row; None: it stops the run. offset: batches that rollbacks left out."""
     if config.data.on_damage == "stop":
         return None
 
     def report(position: int, cause: str, action: str) -> None:
         print(f"{cause}; {action}", file=sys.stderr)
-        step = position // config.train.batch_size + 1
-        Events(workdir).write("damaged row", step=step, cause=cause, action=action)
+        step = position // config.train.batch_size + 1 - offset
+        events.write("damaged row", step=step, cause=cause, action=action, own=True)
 
     return report
 
 
-def _prepare(config: RunConfig, workdir: Path, path: Path) -> None:
-    data = config.data
-    prepare.prepare_dataset(
-        path, kind=data.kind, files=data.files, tokenizer=_tokenizer(config, workdir), row_length=data.row_length,
-        packing=data.packing, documents=data.documents, overlong=data.overlong,
+def _prepare(config: RunConfig, workdir: Path, path: Path, resumed: bool, replaces: bool) -> None:
+    data, place = config.data, path / "manifest.json"
+    if resumed and place.exists():
+        return
+    do = functools.partial(
+        prepare.prepare_dataset, path, kind=data.kind, files=data.files, tokenizer=_tokenizer(config, workdir),
+        row_length=data.row_length, packing=data.packing, documents=data.documents, overlong=data.overlong,
         validation_fraction=data.validation_fraction,
     )  # fmt: skip
+    try:
+        do()
+    except InputError:
+        if not replaces or not place.exists():
+            raise
+        shutil.rmtree(path)
+        do()
 
 
 def _tokenizer(config: RunConfig, workdir: Path) -> Tokenizer:
@@ -275,70 +336,6 @@ def _same_tokenizer(tokenizer: Tokenizer, init_from: str, data_path: Path) -> No
         )
 
 
-def fit_to_tokenizer(config: RunConfig, tokenizer: Tokenizer) -> ModelConfig:
-    """Fills in what the tokenizer decides (sizes that are 0, special ids) and checks that the rest fits.
-
-    A model that starts from another takes its architecture.
-    """
-    m = config.model
-    if config.train.init_from:
-        theirs = dataclasses.asdict(hf.load_config(config.train.init_from, m.dtype))
-        own = ("dtype", "residual", "remat", "attention_kernel")  # how it is computed may change from run to run
-        m.update({name: value for name, value in theirs.items() if name not in own})
-    m.vocab_size = m.vocab_size or tokenizer.vocab_size
-    m.embedding_size = m.embedding_size or -(-m.vocab_size // 64) * 64
-    m.mask_token_id, m.bos_token_id, m.eos_token_id = tokenizer.mask_id, tokenizer.bos_id, tokenizer.eos_id
-    m.pad_token_id, m.eot_token_id = tokenizer.pad_id, tokenizer.eot_id
-    if tokenizer.vocab_size > m.embedding_size:
-        raise InputError(
-            f"config.model.embedding_size {m.embedding_size} has no row for each of the tokenizer's "
-            f"{tokenizer.vocab_size} ids; raise it, or set vocab_size and embedding_size to 0"
-        )
-    return model_config(m)
-
-
-def check(config: RunConfig, devices: int) -> None:
-    """Raises InputError for a field that is out of its range, for fields that contradict each other, and for a batch
-    or mesh that doesn't divide over so many devices. Reads nothing but the config of `init_from`."""
-    check_config(config)
-    t, d, o, m = config.train, config.data, config.objective, config.model
-    if o.name not in OBJECTIVES:
-        raise InputError(f"config.objective.name {o.name!r} is not one of {', '.join(OBJECTIVES)}")
-    if d.kind not in KINDS:
-        raise InputError(f"config.data.kind {d.kind!r} is not one of {', '.join(KINDS)}")
-    theirs = hf.load_config(t.init_from, m.dtype) if t.init_from else m
-    families.require(theirs.family)
-    if d.row_length > theirs.max_sequence_length:
-        raise InputError(
-            f"config.data.row_length {d.row_length} is longer than the model's context, "
-            f"config.model.max_sequence_length {theirs.max_sequence_length}"
-        )
-    if theirs.causal != OBJECTIVES[o.name].causal:
-        raise InputError(
-            f"config.objective.name {o.name!r} needs config.model.causal={OBJECTIVES[o.name].causal}: next tokens are "
-            "predicted without seeing them, masked ones from both sides"
-        )
-    if o.name == "sft" and d.kind != "chat":
-        raise InputError(f"config.objective.name 'sft' needs config.data.kind 'chat', it is {d.kind!r}")
-    optimizer.make_schedule(config.optimizer.schedule, **_phases(config))
-    shape = mesh_shape(dict(config.mesh), devices)
-    shards = shape["data"] * shape["fsdp"]
-    if t.batch_size % (t.microbatches * shards):
-        raise InputError(
-            f"config.train.batch_size {t.batch_size} does not split into {t.microbatches} microbatches over "
-            f"{shards} devices of the data and fsdp axes"
-        )
-    if o.attention == "full" and (d.random_length_fraction or d.kind == "chat" or d.packing == "document"):
-        raise InputError(
-            "config.objective.attention 'full' sees padding, which random lengths, chat rows and packing 'document' "
-            "make; use 'padding'"
-        )
-    if d.split_fraction and o.attention != "documents":
-        raise InputError("config.data.split_fraction needs config.objective.attention 'documents'")
-    if d.tokenizer and d.path:
-        raise InputError("config.data.tokenizer and config.data.path: a prepared directory brings its own tokenizer")
-
-
 def _batches(config, order, tokenizer, first, mesh, offset=0) -> Iterator[Batch]:
     """The batches from step `first` on, placed on the devices two steps before they are asked for.
 
@@ -362,25 +359,9 @@ def _placed(batch: dict[str, np.ndarray], mesh, batch_size: int) -> Batch:
     return {name: global_batch(x, mesh, batch_size) for name, x in batch.items()}
 
 
-def _evaluate(eval_fn, model, *, config, validation, tokenizer, mesh) -> dict[str, np.ndarray]:
-    """Metrics summed over the first eval_rows validation rows, each under a mask that never changes."""
-    tell = lambda _, cause, action: print(f"{cause}; {action}", file=sys.stderr)
-    on_damage = tell if config.data.on_damage == "skip" else None
-    order = pipeline.ordered([validation], seed=0, on_damage=on_damage)
-    size = config.train.batch_size
-    batches = pipeline.batches(
-        order, batch_size=size, kind=config.data.kind, start_step=0, seed=0, eos_id=tokenizer.eos_id,
-        num_steps=max(1, min(config.train.eval_rows, len(validation)) // size),
-        only=rows_of_process(mesh, size),
-    )  # fmt: skip
-    total = None
-    for i, batch in enumerate(batches):
-        metrics = eval_fn(model, _placed(batch, mesh, size), jax.random.fold_in(stream(0, "eval"), i))
-        total = metrics if total is None else jax.tree.map(jnp.add, total, metrics)
-    assert total is not None
-    return jax.device_get(total)
-
-
-def _tokens_per_byte(order: pipeline.Order) -> float:
-    manifests = [source.manifest for source in order.sources]
-    return sum(m["tokens"] for m in manifests) / max(sum(m["bytes"] for m in manifests), 1)
+def _tokens_per_byte(order: pipeline.Order) -> float | None:
+    """Of the text that a loss may ask for; None where a dataset was prepared before that was counted."""
+    scored = [source.scored_tokens for source in order.sources]
+    if None in scored:
+        return None
+    return sum(filter(None, scored)) / max(sum(source.manifest["bytes"] for source in order.sources), 1)

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llada_jax.fields import InputError
+from llada_jax.fields import InputError, RunFailed
+from llada_jax.files import read_text, write_atomic
 from llada_jax.training.monitor import Events
 
 WINDOW = 128  # updates, with whose loss and gradient norm those of a new one are compared
@@ -74,7 +75,7 @@ def should_skip(
 
 
 def report(step: int, metrics: dict[str, Any], fields, events: Events, say) -> None:
-    """Tells of an update that was skipped. `metrics`: of `step`, on the host; `fields`: config.train.
+    """Reports an update that was skipped. `metrics`: of `step`, on the host; `fields`: config.train.
 
     Raises Diverged when the run must go back.
     """
@@ -102,22 +103,20 @@ def report(step: int, metrics: dict[str, Any], fields, events: Events, say) -> N
 def record_rollback(workdir: str | Path, failure: Diverged, place: int, fields) -> str:
     """Makes the next start at step `place`, the newest checkpoint, read other batches; says so. `fields`: config.train.
 
-    Raises InputError where the run has gone back to this place too often. For one process alone.
+    Raises RunFailed where the run has gone back to this place too often. For one process alone.
     """
     done, events = _rollbacks(workdir), Events(workdir)
     tried = sum(one["step"] == place for one in done)
     if tried >= ROLLBACKS:
         action = f"gave up: {tried} rollbacks to step {place} did not help"
         events.write("diverged", step=failure.step, cause=failure.cause, action=action)
-        raise InputError(
+        raise RunFailed(
             f"{workdir}: step {failure.step}: {failure.cause}; {action}. Lower the learning rate or "
             "config.train.rollback_rate, or look at the data and at events.jsonl"
         )
     offset, rate = failure.step + failure.offset - place, failure.rate * fields.rollback_rate
     done.append({"step": place, "failed": failure.step, "offset": offset, "rate": rate})
-    temporary = Path(workdir) / "rollbacks.json.tmp"
-    temporary.write_text(json.dumps(done, indent=1))
-    temporary.replace(Path(workdir) / "rollbacks.json")
+    write_atomic(Path(workdir) / "rollbacks.json", json.dumps(done, indent=1))
     action = f"rolled back to step {place}; it goes on with batch {place + offset}"
     action += f" and {rate:g} of the learning rate" if rate != 1 else ""
     events.write("diverged", step=failure.step, cause=failure.cause, action=action)
@@ -140,7 +139,10 @@ def resumed(guard: AnomalyState, rollback: dict[str, Any] | None) -> AnomalyStat
 
 def _rollbacks(workdir: str | Path) -> list[dict[str, Any]]:
     path = Path(workdir) / "rollbacks.json"
+    if not path.exists():
+        return []
     try:
-        return json.loads(path.read_text()) if path.exists() else []
-    except ValueError as error:
-        raise InputError(f"{path}: not valid JSON ({error}); copy it again, or the run repeats what failed") from error
+        done = json.loads(read_text(path))
+        return [{name: one[name] for name in ("step", "failed", "offset", "rate")} for one in done]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(f"{path}: damaged ({error!r}); copy it again, or the run repeats what failed") from error

@@ -108,14 +108,22 @@ def make_train_step(
     return jax.jit(train_step, donate_argnums=0, compiler_options=compiler_options)
 
 
-def make_eval_step(objective: Objective, objective_config, *, compiler_options: dict | None = None):
+def make_eval_step(
+    objective: Objective, objective_config, *, microbatches: int = 1, compiler_options: dict | None = None
+):  # fmt: skip
     """(model, batch, key) -> metrics, jitted. The same key gives the same masks: fixed ones for validation."""
 
     def eval_step(model: Transformer, batch: Batch, key: jax.Array):
         noisy = objective.corrupt(batch, key, model.config, objective_config)
-        loss, sums = weighted_loss(model, noisy)
+        extras, noisy = noisy.extras, dataclasses.replace(noisy, extras={})
+        if microbatches == 1:
+            loss, sums = weighted_loss(model, noisy)
+        else:
+            parts = jax.tree.map(functools.partial(_microbatches, count=microbatches), noisy)
+            found = jax.lax.map(functools.partial(weighted_loss, model), parts)
+            loss, sums = jax.tree.map(functools.partial(jnp.sum, axis=0), found)
         if objective.combine is not None:
-            loss, more = objective.combine(row_elbos(model, noisy), noisy.extras)
+            loss, more = objective.combine(_over_microbatches(row_elbos, model, noisy, microbatches), extras)
             sums |= more
         return {"loss": loss, "tokens": jnp.sum(batch["maskable"]), **sums}
 

@@ -1,35 +1,46 @@
 """The files that a run adds to while it trains. A run that continues from an earlier step cuts them back to it.
 
-A full disk delays what is written; `flush`, which comes before a checkpoint becomes visible, raises OSError for it.
+A full disk delays metrics.jsonl; `flush`, which comes before a checkpoint, raises OSError for it. TensorBoard's file is
+a copy for the eyes: what it misses while the disk is full is in metrics.jsonl.
 """
 
-import contextlib
 import errno
 import json
 import os
-import socket
-import struct
 import time
 from pathlib import Path
-from typing import BinaryIO
+
+from llada_jax.files import write_atomic
+from llada_jax.training.monitor import warn_once
 
 _BUFFER_BYTES = 2**20  # what may wait for a full disk
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Lines:
     """metrics.jsonl: one JSON object a line, each with its "step"."""
 
     def __init__(self, path: Path, first_step: int):
-        _cut_back(path, first_step)
-        self._file = path.open("ab", buffering=_BUFFER_BYTES)
+        try:
+            _move_aside(path)
+            _cut_back(path, first_step)
+            self._file = path.open("ab", buffering=_BUFFER_BYTES)
+        except OSError as error:
+            warn_once(f"{path}: {error.strerror}; the run goes on without it")
+            self._file = open(os.devnull, "wb")
 
     def write(self, values: dict) -> None:
         self._file.write(json.dumps(values).encode() + b"\n")
-        with _unless_full():
+        try:
             self._file.flush()
+        except OSError as error:  # the buffer keeps what it could not write, and tries again the next time
+            if error.errno not in _FULL:
+                raise
 
     def flush(self) -> None:
-        _to_disk(self._file)
+        self._file.flush()
+        if os.path.isfile(self._file.name):
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()
@@ -38,18 +49,18 @@ class Lines:
 class Board:
     """TensorBoard's event file of one run of the program; what earlier ones wrote after `first_step` is hidden.
 
-    tensorboardX's own writer loses what waits in its thread when the process is killed, and hangs on a full disk.
+    tensorboardX's SummaryWriter would lose what waits in its thread when the process is killed, and hang on a full
+    disk; its EventsWriter has no thread.
     """
 
     def __init__(self, workdir: Path, first_step: int):
         from tensorboardX import summary  # here, because it imports PyTorch where that is installed: 3 seconds
+        from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
-        from tensorboardX.record_writer import masked_crc32c
 
-        self._event, self._summary, self._crc = Event, summary, masked_crc32c
-        name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}"
-        self._file = (workdir / name).open("ab", buffering=_BUFFER_BYTES)
-        self._add(file_version="brain.Event:2")
+        self._event, self._summary = Event, summary
+        self._open = lambda: EventsWriter(str(workdir / "events"), f".{os.getpid()}.{time.monotonic_ns()}")
+        self._writer: EventsWriter | None = None
         self._add(step=first_step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def add_scalar(self, name: str, value: float, step: int) -> None:
@@ -59,17 +70,29 @@ class Board:
         self._add(step=step, summary=self._summary.text(name, text))
 
     def flush(self) -> None:
-        _to_disk(self._file)
+        self._do(lambda writer: writer.flush())
 
     def close(self) -> None:
-        self._file.close()
+        self._do(lambda writer: writer.close())
 
     def _add(self, **fields) -> None:
-        data = self._event(wall_time=time.time(), **fields).SerializeToString()
-        length = struct.pack("<Q", len(data))
-        record = length + struct.pack("<I", self._crc(length)) + data + struct.pack("<I", self._crc(data))
-        with _unless_full():
-            self._file.write(record)
+        self._do(lambda writer: writer.write_event(self._event(wall_time=time.time(), **fields)))
+
+    def _do(self, action) -> None:
+        try:
+            self._writer = self._writer or self._open()
+            action(self._writer)
+        except OSError as error:  # a record may be cut off here: the next one begins a new file
+            self._writer = None
+            warn_once(f"TensorBoard's file: {error.strerror}; a new one is begun when there is room")
+
+
+def _move_aside(path: Path) -> None:
+    """Renames what is no file, such as a directory or a pipe, which would never end."""
+    if path.exists() and not path.is_file():
+        other = path.with_name(f"{path.name}.damaged")
+        path.rename(other)
+        warn_once(f"{path}: not a file; moved to {other.name}, and a new one is begun")
 
 
 def _cut_back(path: Path, step: int) -> None:
@@ -78,13 +101,8 @@ def _cut_back(path: Path, step: int) -> None:
         return
     before = path.read_bytes()
     kept = b"".join(line for line in before.splitlines(keepends=True) if _is_until(line, step))
-    if kept == before:
-        return
-    temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(kept)
-        _to_disk(file)
-    temporary.replace(path)
+    if kept != before:
+        write_atomic(path, kept)
 
 
 def _is_until(line: bytes, step: int) -> bool:
@@ -92,20 +110,5 @@ def _is_until(line: bytes, step: int) -> bool:
         return False
     try:
         return json.loads(line)["step"] <= step
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return False
-
-
-@contextlib.contextmanager
-def _unless_full():
-    """A full disk: the buffer keeps what it could not write and tries again the next time."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-
-
-def _to_disk(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())

@@ -20,8 +20,9 @@ from llada_jax.fields import InputError
 from llada_jax.interop import hf
 from llada_jax.interop.workdir import load_config, load_model
 from llada_jax.parallel.mesh import make_mesh
-from llada_jax.training import checkpoint, loop
+from llada_jax.training import loop
 from llada_jax.training import run as train
+from llada_jax.training.monitor import Events
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -137,6 +138,15 @@ def test_a_published_checkpoint_is_started_from_as_its_workdir_is(run, tmp_path)
         train.train(run, tmp_path / "x")
 
 
+def test_the_step_of_a_damaged_row_is_that_of_its_batch_whatever_rollbacks_left_out(run, tmp_path, events, capsys):
+    run.data.on_damage, run.train.batch_size = "skip", 8
+    report = train._on_damage(run, Events(tmp_path), offset=3)
+    assert report is not None
+    report(5 * 8 + 7, "row 1 cannot be read", "row 2 stands in")  # of batch 5, which is that of step 3
+    assert [(event["step"], event["cause"]) for event in events(tmp_path)] == [(3, "row 1 cannot be read")]
+    assert "row 2 stands in" in capsys.readouterr().err
+
+
 def change(**fields):
     def apply(run):
         for name, value in fields.items():
@@ -181,15 +191,15 @@ def test_a_workdir_of_another_run_is_refused_with_the_difference(run, tmp_path):
 
 
 def test_a_workdir_from_before_a_field_existed_is_continued_if_the_field_has_its_default(run, tmp_path):
-    checkpoint.claim_workdir(tmp_path, run)
+    train.train(run, tmp_path)
     old = json.loads((tmp_path / "config.json").read_text())
     del old["model"]["family"], old["data"]["threads"]
     (tmp_path / "config.json").write_text(json.dumps(old))
-    checkpoint.claim_workdir(tmp_path, run)
+    train.train(run, tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(old))
     run.model.family = "illada"
     with pytest.raises(InputError, match=r"config\.model\.family: 'llada' -> 'illada'"):
-        checkpoint.claim_workdir(tmp_path, run)
+        train.train(run, tmp_path)
 
 
 def test_a_tokenizer_that_does_not_match_the_model_is_refused(run, tmp_path, couplets_file):
