@@ -21,7 +21,7 @@ FLOORS = [
     ["training.step"],
     ["interop"],
     ["training"],
-    ["train", "sample"],
+    ["train", "sample", "chat"],
 ]
 
 

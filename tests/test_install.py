@@ -69,7 +69,9 @@ def test_a_model_is_trained_and_sampled_from_where_no_checkout_is(installed, tmp
     assert written.startswith("床前明月光，")
 
 
-@pytest.mark.parametrize("command", [["llada-train"], ["llada-sample"], ["-m", "llada_jax.tools.prepare_data"]])
+@pytest.mark.parametrize(
+    "command", [["llada-train"], ["llada-sample"], ["llada-chat"], ["-m", "llada_jax.tools.prepare_data"]]
+)
 def test_commands_and_tools_show_their_help(installed, tmp_path, command):
     start = [sys.executable] if command[0] == "-m" else []
     text = installed(*start, *command, "--help", cwd=tmp_path)

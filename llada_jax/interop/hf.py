@@ -82,6 +82,15 @@ def tokenizer_directory(path: str | Path) -> Path:
     return inner if os.path.isdir(inner) else Path(path)
 
 
+def is_instruct(path: str | Path) -> bool:
+    """Whether a model was trained on dialogues: by the data of its run, or by the name of a published model."""
+    raw = _read_json(Path(path))
+    if isinstance(raw.get("data"), dict):
+        return raw["data"].get("kind", "text") != "text"
+    names = f"{Path(path).resolve().name} {raw.get('_name_or_path', '')}".lower()
+    return any(word in names for word in ("instruct", "llada-1.5"))
+
+
 def save_hf(
     model: Transformer, path: str | Path, max_shard_size: str | int = "5GB", *,
     source_dir: str | Path | None = None, tokenizer: Tokenizer | None = None, progress: Progress = lambda _: None,
