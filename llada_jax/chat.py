@@ -72,7 +72,7 @@ class Chat:
         """
         messages = [*self.messages, {"role": "user", "content": text}]
         ids = self.tokenizer.encode_chat(messages)
-        given = self.settings | {"key": jax.random.fold_in(stream(self.seed, "sample"), len(messages))}
+        given: dict[str, Any] = self.settings | {"key": jax.random.fold_in(stream(self.seed, "sample"), len(messages))}
         tokens = np.zeros(0, np.int32)
         for update in generate.stream(self.model, np.asarray([ids]), every="step", **given):
             tokens = update.tokens[0, len(ids) :]
@@ -121,7 +121,8 @@ class Chat:
     def _check(self, settings: dict[str, Any]) -> None:
         rest = {name: value for name, value in settings.items() if name != "gen_length"}
         options.read_options(self.model.config, rest)
-        length, block = settings.get("gen_length"), settings.get("block_length") or settings.get("gen_length")
+        length: Any = settings.get("gen_length")
+        block: Any = settings.get("block_length") or length
         if type(length) is not int or length < 1:
             raise InputError(f"gen_length is {length!r}; it must be a whole number above 0")
         if length % block:
