@@ -67,6 +67,7 @@ def test_an_answer_is_what_generate_gives_for_the_dialogue(talk, model, tokenize
 
 def test_no_turn_of_a_bucket_compiles_again(talk, caplog):
     """Canvases of at most 32 columns, then of 64; whatever the temperature."""
+    talk.set("block_length", "2")  # as in no other test
     for text, temperature, is_new in (("f", 0.5, True), ("fox", 0.9, False), ("x" * 30, 0.9, True), ("y", 1.1, False)):
         talk.set("temperature", str(temperature))
         caplog.clear()
