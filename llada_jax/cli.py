@@ -5,6 +5,7 @@ the user's, found before the first step; 75 stopped by SIGTERM, and 130 by Ctrl-
 """
 
 import errno
+import functools
 import os
 import signal
 import sys
@@ -15,6 +16,7 @@ from typing import NoReturn
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from llada_jax import help
 from llada_jax.fields import InputError, RunFailed
 
 STOPPED = {signal.SIGTERM: 75, signal.SIGINT: 130}  # exit codes; launch/babysit.py starts a run with 75 again
@@ -52,7 +54,7 @@ def run(main: Callable[[list[str]], None], *, commands: Sequence[str] = ()) -> N
         except (Exception, KeyboardInterrupt) as error:
             sys.exit(report(error))
 
-    app.run(guarded, flags_parser=_parse)
+    app.run(guarded, flags_parser=functools.partial(_parse, main))
 
 
 def report(error: BaseException) -> int:
@@ -105,10 +107,13 @@ def _unraisable(problem) -> None:
         sys.__unraisablehook__(problem)
 
 
-def _parse(argv: list[str]) -> list[str]:
+def _parse(main: Callable, argv: list[str]) -> list[str]:
     """Flags, `--config` files among them: what they raise becomes one line."""
+    if help.is_asked(argv):
+        sys.stdout.write(help.text(main, full=any("helpfull" in word for word in argv)))
+        sys.exit(0)
     try:
-        rest = flags.FLAGS(argv)
+        rest = flags.FLAGS(help.config_paths(argv))
     except flags.Error as error:
         fail(f"{_last_line(error)}; --help lists the flags")
     except (KeyError, AttributeError) as error:  # ml_collections, for an override of a field that is not there
@@ -127,7 +132,7 @@ def _open_config() -> None:
             getattr(flags.FLAGS.config, "keys", None)
         except OSError:
             name = config_flags.get_config_filename(flags.FLAGS["config"])
-            fail(f"--config={name}: no such file, or it can't be loaded; the configs are in configs/")
+            fail(help.no_config(name))
 
 
 def _last_line(error: Exception) -> str:

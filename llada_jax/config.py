@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shlex
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -140,6 +141,25 @@ def check_config(config: RunConfig) -> None:
         if not isinstance(values, ConfigDict | dict):
             raise InputError(f"config.{name} is {values!r}, not a group of fields")
         check_fields(group, dict(values), f"config.{name}")
+
+
+def describe(config: RunConfig) -> str:
+    """Every field as the flag that sets it, with its meaning; a line each, the groups in the order of this file."""
+    lines = []
+    for group in [*GROUPS, *(name for name in config if name not in GROUPS)]:
+        known = {f.name: f.metadata["field"] for f in dataclasses.fields(GROUPS[group])} if group in GROUPS else {}
+        for name in known or config[group]:
+            lines.append(f"{_as_flag(f'config.{group}.{name}', config[group][name]):<44}")
+            if what := known.get(name):
+                lines[-1] += f"  # {what.help}{'; ' + what.allowed if what.allowed.startswith('one of') else ''}"
+    return "\n".join(map(str.rstrip, lines))
+
+
+def _as_flag(name: str, value: Any) -> str:
+    text = str(value)
+    if isinstance(value, tuple | list) and '"' not in text:
+        text = text.replace("'", '"')  # a shell's word is put into single quotes
+    return f"--{name}={shlex.quote(text)}"
 
 
 def set_slice(config: RunConfig, slices: dict[str, dict[str, Any]], name: str) -> None:

@@ -1,6 +1,6 @@
 """Samples from a checkpoint: completion, infilling of [MASK] spans, replies of fine-tuned models; one or many.
 
-python -m llada_jax.sample --checkpoint=DIR --prompt='床前明月光，' --gen_length=8
+python -m llada_jax.sample --checkpoint=runs/tiny --prompt='床前明月光，' --gen_length=8
 python -m llada_jax.sample --checkpoint=DIR --prompt='[MASK*5]，疑是地上霜。' --trajectory
 python -m llada_jax.sample --checkpoint=DIR --input=prompts.jsonl --output=answers.jsonl --cache=dual --threshold=0.9
 
@@ -37,7 +37,9 @@ _INPUT = flags.DEFINE_string("input", None, "Instead: a file of prompts, a JSON 
 _OUTPUT = flags.DEFINE_string("output", None, "With --input: the file of answers; default: standard output.")
 _GEN_LENGTH = flags.DEFINE_integer("gen_length", None, "Tokens to append; default 32, or none if the prompt has masks.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Rows that are sampled at once.", lower_bound=1, upper_bound=2**16)
-_CHAT = flags.DEFINE_enum("chat", "auto", ["auto", "yes", "no"], "Apply the chat template; auto: if fine-tuned.")
+_CHAT = flags.DEFINE_enum(
+    "chat", "auto", ["auto", "yes", "no"], "Apply the chat template; auto: if trained on dialogues."
+)
 _SEED = flags.DEFINE_integer("seed", 0, "Of the sampling noise.", lower_bound=0, upper_bound=2**32 - 1)
 _TENSOR = flags.DEFINE_integer("tensor", 0, "Devices that a copy of the model is split over; 0: as few as hold it.")
 _ADAPTER = flags.DEFINE_multi_string("adapter", [], "Directory of a PEFT adapter of the model; several add up.")
@@ -81,7 +83,7 @@ def _open() -> tuple[Path, Tokenizer, bool]:
     if objective == "autoregressive":
         raise InputError(f"{workdir}: holds an autoregressive control; the diffusion sampler can't use it")
     tokenizer = load_tokenizer(hf.tokenizer_directory(workdir))
-    return workdir, tokenizer, objective == "sft" if _CHAT.value == "auto" else _CHAT.value == "yes"
+    return workdir, tokenizer, hf.is_instruct(workdir) if _CHAT.value == "auto" else _CHAT.value == "yes"
 
 
 def _requests(tokenizer: Tokenizer, is_chat: bool) -> tuple[list[tuple[Any, batches.Request]], int]:
@@ -147,6 +149,11 @@ def _print(tokenizer: Tokenizer, answer: batches.Answer) -> None:
     print(answer.text)
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """The console script llada-sample."""
     join.define_flags()
     cli.run(join.joined(main))
+
+
+if __name__ == "__main__":
+    command()

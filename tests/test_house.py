@@ -10,7 +10,7 @@ PACKAGE = ROOT / "llada_jax"
 # Rooms and files, from the ground up; what is named more exactly counts. A file imports from its own floor and below.
 FLOORS = [
     ["fields", "streams"],
-    ["inputs", "files"],
+    ["inputs", "files", "help"],
     ["model.config", "cli"],
     ["config"],
     ["parallel"],
@@ -21,7 +21,7 @@ FLOORS = [
     ["training.step"],
     ["interop"],
     ["training", "evaluation.harness"],
-    ["train", "sample", "evaluate"],
+    ["train", "sample", "evaluate", "chat"],
 ]
 
 

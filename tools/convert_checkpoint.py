@@ -60,7 +60,7 @@ def convert(
             raise InputError("the source has adapters: --merge adds them to its weights, --to=peft writes them alone")
         if to == "hf":
             with _bar("write", sum(x.nbytes for x in jax.tree.leaves(model))) as bar:
-                hf.write_hf(model, made, max_shard_size, source, bar.update)
+                hf.write_hf(model, made, max_shard_size, source, bar.update, target.name)
         else:
             hf.write_workdir(model, made, source)
         report = f"{target}: {' and '.join(sorted({x.dtype.name for x in jax.tree.leaves(model)}))} parameters"

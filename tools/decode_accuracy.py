@@ -1,4 +1,6 @@
-r"""What each commit rule and cache costs in accuracy, on a model trained here: tools/decode_accuracy.py --workdir=DIR
+r"""What each commit rule and cache costs in accuracy, on a model trained here.
+
+python tools/decode_accuracy.py --workdir=DIR
 
 Trains a small LLaDA on three kinds of lines, then lets every rule with every cache complete 200 of each:
 

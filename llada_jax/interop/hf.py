@@ -17,9 +17,10 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from llada_jax.config import Lora
+from llada_jax.data.tokenizer import Tokenizer
 from llada_jax.fields import InputError, check_fields
 from llada_jax.files import atomic_directory, parse_json, read_json
-from llada_jax.interop import hf_config, parameters, peft, tensor_names, workdir
+from llada_jax.interop import export, hf_config, parameters, peft, tensor_names, workdir
 from llada_jax.interop import safetensors_io as files
 from llada_jax.interop.parameters import Progress
 from llada_jax.model import lora
@@ -119,16 +120,26 @@ def tokenizer_directory(path: str | Path) -> Path:
     return inner if os.path.isdir(inner) else Path(path)
 
 
+def is_instruct(path: str | Path) -> bool:
+    """Whether a model was trained on dialogues: by the data of its run, or by the name of a published model."""
+    raw = _read_json(Path(path))
+    if isinstance(raw.get("data"), dict):
+        return raw["data"].get("kind", "text") != "text"
+    names = f"{Path(path).resolve().name} {raw.get('_name_or_path', '')}".lower()
+    return any(word in names for word in ("instruct", "llada-1.5"))
+
+
 def save_hf(
     model: Transformer, path: str | Path, max_shard_size: str | int = "5GB", *,
-    source_dir: str | Path | None = None, progress: Progress = lambda _: None,
+    source_dir: str | Path | None = None, tokenizer: Tokenizer | None = None, progress: Progress = lambda _: None,
 ) -> None:  # fmt: skip
     """Writes a published checkpoint: config.json, model*.safetensors in the dtype of the parameters, an index if many.
 
     What was loaded and not trained comes back byte for byte. source_dir: a published checkpoint or a workdir whose
-    tokenizer and generation settings come along. The directory appears when it is complete. Raises InputError when it
-    exists and is not empty, for an unreadable size, and for a model that no published format expresses. With several
-    processes all must call it; the first writes.
+    tokenizer and generation settings come along. tokenizer: written where source_dir brings none. A model without a
+    published ancestor gets what transformers needs to load it, and a card; see `export`. The directory appears when it
+    is complete. Raises InputError when it exists and is not empty, for an unreadable size, and for a model that no
+    published format expresses. With several processes all must call it; the first writes.
     """
     plan = _plan(model, max_shard_size)
     with processes.all_or_none():
@@ -136,6 +147,7 @@ def save_hf(
             if processes.is_first():
                 with new_directory(Path(path)) as temporary:
                     _write(temporary, plan, source_dir, progress)
+                    export.write_companions(model.config, temporary, tokenizer, source_dir, Path(path).name)
         finally:
             if jax.process_count() > 1:  # all take part in gathering, also after the first could not write
                 collections.deque(plan.arrays, maxlen=0)
@@ -153,10 +165,16 @@ def save_workdir(model: Transformer, path: str | Path, *, source_dir: str | Path
 
 
 def write_hf(
-    model: Transformer, directory: Path, max_shard_size: str | int, source_dir: str | Path | None, progress: Progress
+    model: Transformer,
+    directory: Path,
+    max_shard_size: str | int,
+    source_dir: str | Path | None,
+    progress: Progress,
+    name: str,
 ) -> None:
-    """`save_hf` into a directory that exists, by one process."""
+    """`save_hf` into a directory that exists, by one process; its name there is the title of the card."""
     _write(directory, _plan(model, max_shard_size), source_dir, progress)
+    export.write_companions(model.config, directory, None, source_dir, name)
 
 
 class _Plan(NamedTuple):

@@ -89,8 +89,9 @@ def start_state(w: cache.Weights, canvas_BS: jax.Array, visible_BS: jax.Array, p
     """The state before the first pass."""
     given_BS = canvas_BS != s.mask_id
     zero = jnp.int32(0)
+    never_BS, sure_BS = (jnp.where(given_BS, x, x) for x in (jnp.int32(-1), jnp.float32(1)))  # split as the canvas is
     return State(
-        canvas_BS, jnp.where(given_BS, -1, -1), jnp.where(given_BS, 1.0, 1.0), given_BS, visible_BS, zero - 1, zero,
+        canvas_BS, never_BS, sure_BS, given_BS, visible_BS, zero - 1, zero,
         jnp.sum(given_BS, axis=1, dtype=jnp.int32) * 0, jnp.int32(NEVER), zero, zero, _no_keys(w, canvas_BS, p),
     )  # fmt: skip
 

@@ -179,11 +179,12 @@ class _Job:
         done = False
         while not done:
             state = denoise.run_on(w, state, p, s, *part)
-            stats = self._stats(state)
+            shown = {name: np.asarray(getattr(state, name)) for name in ("tokens", "step", "probability")}
+            stats = self._stats(dataclasses.replace(state, **shown))  # cut on the host: a cut is a program of its own
             done = not bool(jnp.any(denoise.is_open(state, s)))
             yield Update(
-                np.asarray(stats.tokens), np.asarray(stats.step), np.asarray(stats.probability),
-                stats.full_passes, stats.window_passes, done,
+                np.asarray(stats.tokens), np.asarray(stats.step), np.asarray(stats.probability), stats.full_passes,
+                stats.window_passes, done,
             )  # fmt: skip
 
     def _stats(self, state: State) -> Stats:

@@ -113,9 +113,10 @@ def random_score(key: jax.Array, rows_B: jax.Array, columns_W: jax.Array) -> jax
 
 
 def _keys(key: jax.Array, rows_B: jax.Array, columns_W: jax.Array) -> jax.Array:
-    """One key for each row and column, [B, W]."""
-    keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, reshard(rows_B, BATCH))
-    return jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))(keys_B, columns_W)
+    """One key for each row and column, [B, W]; made everywhere, then split, as jax 0.10 can't lower `fold_in` of split
+    rows on a mesh of one device."""
+    keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, reshard(rows_B))
+    return reshard(jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))(keys_B, columns_W), BATCH)
 
 
 def confidence(logits_BWV: jax.Array, tokens_BW: jax.Array) -> jax.Array:

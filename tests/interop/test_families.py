@@ -70,7 +70,7 @@ def test_a_new_family_is_saved_under_its_names_and_loaded_again(saved):
     again = hf.load(directory)
     for a, b in zip(jax.tree.leaves(model), jax.tree.leaves(again), strict=True):
         np.testing.assert_array_equal(a, b)
-    hf.save_hf(again, directory.parent / "twice", "10KB")
+    hf.save_hf(again, directory.parent / "twice", "10KB", source_dir=directory)
     for name in names_of(directory):
         assert (directory / name).read_bytes() == (directory.parent / "twice" / name).read_bytes()
 

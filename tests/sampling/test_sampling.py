@@ -1,5 +1,7 @@
 """The reverse process against a plain Python loop, and the laws of its parts."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -329,12 +331,14 @@ def test_infilling_in_blocks_with_a_cache(model, rng, cache):
         (dict(data=2, fsdp=2, tensor=2), dict(cache="dual", threshold=0.2)),
         (dict(data=1, fsdp=4, tensor=2), dict(cache="two_block", temperature=0.7)),
         (dict(data=2, fsdp=1, tensor=2, context=2), dict(remasking="random")),
+        (dict(data=1, fsdp=1, tensor=1), dict(temperature=0.7)),
     ],
 )
 def test_a_mesh_gives_the_tokens_of_one_device(model, rng, sizes, options):
     prompt = rng.integers(7, 60, (3, 7))
     alone = np.asarray(generate(model, prompt, gen_length=8, block_length=4, **options))
-    mesh = make_mesh(dict(context=1) | sizes)
+    sizes = dict(context=1) | sizes
+    mesh = make_mesh(sizes, jax.devices()[: math.prod(sizes.values())])
     with jax.set_mesh(mesh):
         spread = jax.jit(lambda key: Transformer(model.config, key))(jax.random.key(0))
         place = lambda x, like: jax.device_put(x, like.sharding)

@@ -1,0 +1,79 @@
+"""The wheel, installed where no checkout is: commands, configs, tools and data files, from any directory."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = """--config.train.steps=2 --config.model.d_model=32 --config.model.n_layers=1 --config.model.n_heads=2
+    --config.model.n_kv_heads=2 --config.model.mlp_hidden_size=48 --config.data.row_length=32
+    --config.train.eval_every=0 --config.data.vocab_size=2000 --config.data.tokenizer_type=char
+    --config.train.batch_size=4""".split()
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """Built from a copy: setuptools leaves its work in the source tree."""
+    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    for name in ("llada_jax", "configs", "tools"):
+        shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "requirements.txt", "README.md", "LICENSE"):
+        shutil.copyfile(ROOT / name, source / name)
+    build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "--no-index", "-w"]
+    subprocess.run([*build, target, source], check=True, capture_output=True)
+    return next(target.glob("*.whl"))
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory):
+    """Runs a command of the installed package in a directory; what the package needs comes from this environment."""
+    site = tmp_path_factory.mktemp("site")
+    install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--target", site, wheel]
+    subprocess.run(install, check=True, capture_output=True)
+    environment = dict(os.environ, PYTHONPATH=str(site), PATH=f"{site / 'bin'}:{os.environ['PATH']}")
+    environment["XLA_FLAGS"] = ""
+    environment["JAX_COMPILATION_CACHE_DIR"] = str(Path(tempfile.gettempdir()) / "llada_jax_tests_cache")
+
+    def run(*command, cwd, given=""):
+        done = subprocess.run(
+            command, cwd=cwd, env=environment, input=given, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run
+
+
+def test_the_wheel_holds_every_file_that_the_package_reads(wheel):
+    held = set(zipfile.ZipFile(wheel).namelist())
+    for folder, prefix in (("llada_jax", ""), ("configs", "llada_jax/"), ("tools", "llada_jax/")):
+        for path in (ROOT / folder).rglob("*"):
+            if path.is_file() and path.suffix not in (".pyc", ".md"):
+                assert prefix + path.relative_to(ROOT).as_posix() in held
+
+
+def test_a_model_is_trained_and_sampled_from_where_no_checkout_is(installed, tmp_path):
+    origin = installed(sys.executable, "-c", "import llada_jax; print(llada_jax.__file__)", cwd=tmp_path)
+    assert not Path(origin.strip()).is_relative_to(ROOT)
+    installed("llada-train", "--config=pretrain_tiny", "--workdir=runs/tiny", *SMALL, cwd=tmp_path)
+    assert (tmp_path / "runs" / "tiny" / "checkpoints" / "2").is_dir()
+    written = installed(
+        "llada-sample", "--checkpoint=runs/tiny", "--prompt=床前明月光，", "--gen_length=8", "--steps=2", cwd=tmp_path
+    )
+    assert written.startswith("床前明月光，")
+
+
+@pytest.mark.parametrize(
+    "command", [["llada-train"], ["llada-sample"], ["llada-chat"], ["-m", "llada_jax.tools.prepare_data"]]
+)
+def test_commands_and_tools_show_their_help(installed, tmp_path, command):
+    start = [sys.executable] if command[0] == "-m" else []
+    text = installed(*start, *command, "--help", cwd=tmp_path)
+    assert "python -m llada_jax." in text or "python tools/" in text
+    assert ("pretrain_tiny  " in text) == (command == ["llada-train"])
