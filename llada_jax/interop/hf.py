@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
+from llada_jax import mirror
+from llada_jax.buckets import files_below, is_bucket, path_of, require_reachable
 from llada_jax.fields import InputError
 from llada_jax.files import atomic_directory, parse_json, read_json
 from llada_jax.interop import hf_config, parameters, tensor_names, workdir
@@ -37,6 +39,7 @@ _BYTES = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**
 def load(path: str | Path, dtype=None, mesh=None, *, progress: Progress = lambda _: None) -> Transformer:
     """The model in a directory: a published checkpoint (config.json, .safetensors) or a workdir of a run.
 
+    A published checkpoint in a bucket is copied to this machine, once; checkpoints of runs are read where they are.
     Of a workdir, the newest checkpoint that is as its checksums say; published checkpoints have none. dtype: "float32"
     or "bfloat16", of parameters and of compute; None: parameters as stored, compute as the run did, or for a published
     checkpoint in bfloat16 if all of them are, else in float32. mesh: an explicit mesh over which the parameters are
@@ -44,11 +47,11 @@ def load(path: str | Path, dtype=None, mesh=None, *, progress: Progress = lambda
     files that was read. Raises InputError for a file that is broken, a tensor that is missing or too many, a shape that
     contradicts config.json, and every option of config.json that this model cannot compute.
     """
-    directory = Path(path)
+    directory = mirror.copied(path)
     if dtype is not None:
         dtype = _float_name(dtype)
     if _is_workdir(_read_json(directory)):
-        return _load_workdir(directory, dtype, mesh)
+        return _load_workdir(path_of(path), dtype, mesh)
     stored = files.read_directory(directory)
     config = load_config(directory, dtype or _compute_dtype(stored, directory))
     parts = parameters.assign(stored, config, directory)
@@ -62,7 +65,7 @@ def load(path: str | Path, dtype=None, mesh=None, *, progress: Progress = lambda
 
 def load_config(path: str | Path, dtype: str = "float32") -> ModelConfig:
     """The config of the model that `load` would make of this directory, computing in `dtype`; reads no tensor."""
-    directory = Path(path)
+    directory = mirror.copied(path)
     if _is_workdir(raw := _read_json(directory)):
         return dataclasses.replace(model_config(raw["model"]), dtype=dtype)
     text, where = hf_config.read_config_text(directory), str(directory / "config.json")
@@ -77,8 +80,9 @@ def with_dtype(model: Transformer, dtype: str) -> Transformer:
 
 def tokenizer_directory(path: str | Path) -> Path:
     """Where the tokenizer lies: beside a published checkpoint, in tokenizer/ of a workdir."""
-    inner = Path(path) / "tokenizer"
-    return inner if os.path.isdir(inner) else Path(path)
+    directory = mirror.copied(path)
+    inner = directory / "tokenizer"
+    return inner if os.path.isdir(inner) else directory
 
 
 def save_hf(
@@ -96,7 +100,7 @@ def save_hf(
     with processes.all_or_none():
         try:
             if processes.is_first():
-                with new_directory(Path(path)) as temporary:
+                with new_directory(path_of(path)) as temporary:
                     _write(temporary, plan, source_dir, progress)
         finally:
             if jax.process_count() > 1:  # all take part in gathering, also after the first could not write
@@ -110,7 +114,7 @@ def save_workdir(model: Transformer, path: str | Path, *, source_dir: str | Path
     """
     if jax.process_count() > 1:
         raise InputError("a workdir is written by one process; convert the checkpoint on one host")
-    with new_directory(workdir.require_utf8(Path(path))) as temporary:
+    with new_directory(workdir.require_utf8(path_of(path))) as temporary:
         write_workdir(model, temporary, source_dir)
 
 
@@ -176,6 +180,13 @@ def copy_companions(source: str | Path, directory: Path) -> None:
 @contextlib.contextmanager
 def new_directory(path: Path) -> Iterator[Path]:
     """A temporary directory that becomes `path` at the end and vanishes on any failure; `path` may only be empty."""
+    if is_bucket(path):
+        require_reachable(path)
+        if files_below(path):
+            raise InputError(f"{path}: there is something already; choose another place")
+        with atomic_directory(path) as temporary:
+            yield temporary
+        return
     try:
         taken = path.exists() and not (path.is_dir() and not any(path.iterdir()))
     except OSError as error:
