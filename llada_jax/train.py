@@ -12,7 +12,9 @@ from llada_jax.parallel import join
 from llada_jax.training import preemption
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, logs and the resolved config go.")
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Where checkpoints, logs and the config go: a directory, gs://… or s3://…"
+)
 _ALLOW = flags.DEFINE_bool("allow_config_change", False, "Continue a run with another config.optimizer.schedule.")
 
 

@@ -21,10 +21,12 @@ from absl import flags
 from tqdm import tqdm
 
 from llada_jax import cli
+from llada_jax.buckets import path_of
 from llada_jax.fields import InputError
 from llada_jax.files import parse_json, read_json
 from llada_jax.interop import hf
 from llada_jax.interop.workdir import load_config, require_utf8
+from llada_jax.mirror import copied
 from llada_jax.model.config import ModelConfig
 from llada_jax.model.transformer import Block, Transformer, rms_norm
 
@@ -55,7 +57,7 @@ def convert(source: Path, target: Path, to: str, dtype: str | None, max_shard_si
             del model
             found = probe(hf.load(made), tokens)
             report += f"; {compare(before, wanted, found)}"
-            report += f"; {compare_with_torch(tokens, {'source': (source, before), 'target': (made, found)})}"
+            report += f"; {compare_with_torch(tokens, {'source': (copied(source), before), 'target': (made, found)})}"
     return report
 
 
@@ -143,7 +145,7 @@ def main(_argv: list[str]) -> None:
     jax.config.update("jax_platforms", "cpu")  # memory of the host; accelerators round float32 products
     sys.stdout.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]; paths of any bytes
     f = flags.FLAGS
-    print(convert(Path(f.source), Path(f.target), f.to, f.dtype, f.max_shard_size, f.verify))
+    print(convert(path_of(f.source), path_of(f.target), f.to, f.dtype, f.max_shard_size, f.verify))
 
 
 if __name__ == "__main__":  # flags are defined here, so that other programs may import convert()
