@@ -1,4 +1,4 @@
-"""What a caller hands in, held against what can be computed with it: a mistake is an InputError of one line."""
+"""Checks of the arrays and numbers that callers pass: a mistake is an InputError of one line."""
 
 import math
 import operator

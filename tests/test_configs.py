@@ -11,7 +11,7 @@ from llada_jax.config import GROUPS, check_config, differences, run_config
 from llada_jax.fields import InputError
 from llada_jax.model.config import model_config
 from llada_jax.objectives import OBJECTIVES
-from llada_jax.tools.ahead.chips import parse_topology
+from llada_jax.tools.ahead.slices import parse_topology
 from llada_jax.training import optimizer
 from llada_jax.training import run as train
 

@@ -1,12 +1,13 @@
-"""Measures the train step, the data path and the cost of a checkpoint; prints one table each.
+"""Measures the train step, the samplers, the data path and the cost of a checkpoint; prints one table each.
 
 python tools/benchmark.py train --shape=small [--torch] [--steps=20]
 python tools/benchmark.py train --shape=llada_8b --layers=8 --rows=4
+python tools/benchmark.py sample [--torch] [--runs=3]
 python tools/benchmark.py data
 python tools/benchmark.py checkpoint
 
---torch times a plain PyTorch step of the same model beside ours, a step each in turn, in two processes: machines are
-shared, so compare the ratio, not the seconds.
+--torch times a plain PyTorch step of the same model beside ours, a step each in turn, in two processes, and
+each waits until the machine has nothing else to do: machines are shared, so compare the ratio, not the seconds.
 """
 
 import dataclasses
@@ -29,13 +30,17 @@ from llada_jax.config import run_config
 from llada_jax.fields import InputError
 from llada_jax.model.config import PRESETS, ModelConfig
 from llada_jax.objectives import OBJECTIVES
+from llada_jax.parallel.chips import peak_flops
 from llada_jax.parallel.mesh import global_batch, make_mesh
+from llada_jax.tools import sample_speed
 from llada_jax.training.step import init_state, make_train_step
 
 SHAPE = flags.DEFINE_string("shape", "small", "Of `train`: small, vocabulary, or a preset of llada_jax/config.py.")
 LAYERS = flags.DEFINE_integer("layers", 0, "Of `train`: so many layers instead of the shape's own.")
 ROWS = flags.DEFINE_integer("rows", 0, "Rows of a batch. Default: the shape's.")
 LENGTH = flags.DEFINE_integer("length", 0, "Tokens of a row. Default: the shape's.")
+RUNS = flags.DEFINE_integer("runs", 3, "Of `sample`: completions of each kind.", lower_bound=1)
+PATIENCE = flags.DEFINE_float("patience", 60, "Seconds that a step waits at most for an idle machine.", lower_bound=0)
 STEPS = flags.DEFINE_integer("steps", 20, "Timed steps.", lower_bound=2)
 REMAT = flags.DEFINE_string("remat", "", "What the backward pass recomputes; default: the shape's.")
 MU_DTYPE = flags.DEFINE_enum("mu_dtype", "float32", ["float32", "bfloat16"], "Of Adam's first moment.")
@@ -123,6 +128,32 @@ def work(name: str) -> None:
         print(json.dumps({"seconds": seconds, "bytes": _peak_bytes(name)} | facts), flush=True)
 
 
+def _child(name: str) -> subprocess.Popen:
+    """This program again, as the worker of that name."""
+    command = [sys.executable, os.path.abspath(__file__), *sys.argv[1:], f"--worker={name}"]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def wait_until_idle() -> None:
+    """Returns when the processors were idle for half a second, or warns after --patience seconds. Linux only."""
+    end = time.monotonic() + PATIENCE.value
+    while Path("/proc/stat").exists():
+        before = _busy_and_all()
+        time.sleep(0.5)
+        busy, ticks = (b - a for a, b in zip(before, _busy_and_all(), strict=True))
+        if busy < 0.1 * ticks:
+            return
+        if time.monotonic() > end:
+            print(f"the machine is {busy / ticks:.0%} busy with other work; measured nevertheless", file=sys.stderr)
+            return
+
+
+def _busy_and_all() -> tuple[int, int]:
+    """Clock ticks of all processors since they started."""
+    ticks = [int(n) for n in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
+    return sum(ticks) - ticks[3] - ticks[4], sum(ticks)  # without idle and waiting for disks
+
+
 def _peak_bytes(name: str) -> int:
     """Of the busiest device, or of this process where devices do not tell."""
     if name == "jax":
@@ -137,19 +168,16 @@ def _peak_bytes(name: str) -> int:
 def train() -> None:
     """Steps of each program in turn, and a row of the table for each."""
     from llada_jax.model.transformer import parameter_count
-    from llada_jax.training.metrics import PEAK_FLOPS, flops_per_step
+    from llada_jax.training.metrics import flops_per_step
 
     c, rows, length = shape()
     names = ["jax", "torch"] if TORCH.value else ["jax"]
-    command = [sys.executable, os.path.abspath(__file__), *sys.argv[1:]]
-    children = {
-        name: subprocess.Popen([*command, f"--worker={name}"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        for name in names
-    }
+    children = {name: _child(name) for name in names}
     told: dict[str, list[dict]] = {name: [] for name in names}
     for _ in range(STEPS.value):
         for name, child in children.items():
             assert child.stdin and child.stdout
+            wait_until_idle()
             try:
                 print(file=child.stdin, flush=True)
                 told[name].append(json.loads(child.stdout.readline()))
@@ -164,7 +192,7 @@ def train() -> None:
     )
     print("| | s/step | spread (10-90%) | tokens/s | TFLOP/s | MFU | peak GB | compile s |\n" + "|---" * 8 + "|")
     flops = flops_per_step(c, rows, length, scored=rows * length / 2)
-    peak = next((f for kind, f in PEAK_FLOPS.items() if facts["device"].startswith(kind)), None)
+    peak = peak_flops(facts["device"])
     for name in names:
         seconds = sorted(t["seconds"] for t in told[name])
         median, cut = statistics.median(seconds), len(seconds) // 10
@@ -269,12 +297,17 @@ def checkpoint() -> None:
     )
 
 
-_COMMANDS = {"train": train, "data": data, "checkpoint": checkpoint}
+def sample() -> None:
+    """Completions by each cache, and with --torch by PyTorch."""
+    sample_speed.measure(TORCH.value, RUNS.value, _child, wait_until_idle)
+
+
+_COMMANDS = {"train": train, "sample": sample, "data": data, "checkpoint": checkpoint}
 
 
 def main(argv: list[str]) -> None:
     if WORKER.value:
-        work(WORKER.value)
+        sample_speed.work(WORKER.value) if argv[1] == "sample" else work(WORKER.value)
     else:
         _COMMANDS[argv[1]]()
 

@@ -1,7 +1,15 @@
-"""Compiler options of each chip, with the reason for each; they travel with the executable (`compiler_options=`)."""
+"""What each chip can do and how programs are compiled for it: peaks, memory, links, compiler options.
+
+Sources: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x} and NVIDIA's data sheets for peaks and memory;
+jax-ml.github.io/scaling-book for one-way link speeds; the compiler's own messages for the memory that programs can use.
+"""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
+
+GIB = 2**30
 
 Options = dict[str, bool | int]
 
@@ -35,27 +43,84 @@ def _vmem(mib: int) -> Options:
     return {"xla_tpu_scoped_vmem_limit_kib": mib * 1024}
 
 
-# By the beginning of `device_kind`; the first that fits.
-_TABLE: list[tuple[str, Options]] = [
-    ("TPU v5 lite", {**_vmem(32), **_WINDOWED_EINSUM_OFF}),
-    ("TPU v6 lite", {**_vmem(96), **_WINDOWED_EINSUM_OFF, **_GATHERS_ON_SPARSE_CORES, **_SPARSE_CORE_REDUCTIONS_OFF}),
-    ("TPU v5", {**_vmem(32), **_WINDOWED_EINSUM_OFF, **_GATHERS_ON_SPARSE_CORES, **_SPARSE_CORE_REDUCTIONS_OFF}),
-    ("TPU7x", {**_vmem(60), **_WINDOWED_EINSUM_OFF, **_SPARSE_CORE_REDUCTIONS_OFF}),
-    ("TPU", _WINDOWED_EINSUM_OFF),
-    (
-        "NVIDIA",
-        {
-            "xla_gpu_enable_latency_hiding_scheduler": True,  # gathers of the next layer run during this one
-            "xla_gpu_enable_while_loop_double_buffering": True,  # the same, across trips of the scan over layers
-            "xla_gpu_enable_triton_gemm": False,  # cuBLAS is faster for large matrices (NVIDIA's JAX-Toolbox)
-        },
-    ),
-]
+_NVIDIA: Options = {
+    "xla_gpu_enable_latency_hiding_scheduler": True,  # gathers of the next layer run during this one
+    "xla_gpu_enable_while_loop_double_buffering": True,  # the same, across trips of the scan over layers
+    "xla_gpu_enable_triton_gemm": False,  # cuBLAS is faster for large matrices (NVIDIA's JAX-Toolbox)
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One generation. Speeds are of a whole chip, in units without prefix: FLOP/s, bytes/s, Hz, bytes."""
+
+    name: str
+    kind: str  # how `device.device_kind` begins
+    flops: float  # peak of dense bfloat16 with float32 accumulation
+    options: Options  # of XLA; they travel with the executable (`compiler_options=`)
+    devices: int = 1  # JAX devices of a chip
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tpu(Chip):
+    """What tools/ahead/ needs to know of a chip that is not there."""
+
+    clock: float  # of the TensorCore: turns the compiler's estimated cycles into seconds
+    memory: float  # HBM that a program can use, of one device (the compiler's "available HBM")
+    memory_bandwidth: float
+    link: float  # one ICI link, one way
+    dimensions: int  # of the torus
+    network: float  # data-center network (DCN), one way
+    attention: float  # assumed share of peak that the splash kernel reaches; see tools/ahead/estimate.py
+    counts_cores: bool = False  # the number in a name such as v5p-128 counts TensorCores, two a chip
+    max_chips: int = 256
+
+
+_V6E = {**_vmem(96), **_WINDOWED_EINSUM_OFF, **_GATHERS_ON_SPARSE_CORES, **_SPARSE_CORE_REDUCTIONS_OFF}
+_V5P = {**_vmem(32), **_WINDOWED_EINSUM_OFF, **_GATHERS_ON_SPARSE_CORES, **_SPARSE_CORE_REDUCTIONS_OFF}
+_7X = {**_vmem(60), **_WINDOWED_EINSUM_OFF, **_SPARSE_CORE_REDUCTIONS_OFF}
+
+TPUS = {
+    chip.name: chip
+    for chip in (
+        Tpu("v4", "TPU v4", 275e12, _WINDOWED_EINSUM_OFF, clock=1.05e9, memory=30.75 * GIB, memory_bandwidth=1.23e12,
+            link=45e9, dimensions=3, network=6.25e9, attention=0.55, counts_cores=True, max_chips=4096),
+        Tpu("v5e", "TPU v5 lite", 197e12, {**_vmem(32), **_WINDOWED_EINSUM_OFF}, clock=1.5e9, memory=15.75 * GIB,
+            memory_bandwidth=0.82e12, link=45e9, dimensions=2, network=3.125e9, attention=0.55),
+        Tpu("v5p", "TPU v5", 459e12, _V5P, clock=1.75e9, memory=95.73 * GIB, memory_bandwidth=2.765e12, link=90e9,
+            dimensions=3, network=6.25e9, attention=0.55, counts_cores=True, max_chips=6144),
+        Tpu("v6e", "TPU v6 lite", 918e12, _V6E, clock=1.75e9, memory=31.24 * GIB, memory_bandwidth=1.64e12, link=90e9,
+            dimensions=2, network=12.5e9, attention=0.35),
+        # The clock follows from the peak, as it does for the others: four 256 x 256 units a core.
+        Tpu("tpu7x", "TPU7x", 2307e12, _7X, devices=2, clock=2.2e9, memory=94.74 * GIB, memory_bandwidth=7.38e12,
+            link=90e9, dimensions=3, network=12.5e9, attention=0.35, counts_cores=True, max_chips=9216),
+    )
+}  # fmt: skip
+_GPUS = (
+    Chip("a100", "NVIDIA A100", 312e12, _NVIDIA),
+    Chip("h100", "NVIDIA H100", 989e12, _NVIDIA),
+    Chip("h200", "NVIDIA H200", 989e12, _NVIDIA),
+)
+_OTHERS = (("TPU", _WINDOWED_EINSUM_OFF), ("NVIDIA", _NVIDIA))  # options of chips that no line describes
+
+
+def chip_of(device_kind: str) -> Chip | None:
+    """The chip of a device (`device.device_kind`); None for one that is not in the table, such as a CPU."""
+    found = [chip for chip in (*TPUS.values(), *_GPUS) if device_kind.startswith(chip.kind)]
+    return max(found, key=lambda chip: len(chip.kind), default=None)
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Peak bfloat16 FLOP/s of one device; None where it is not known."""
+    chip = chip_of(device_kind)
+    return chip and chip.flops / chip.devices
 
 
 def compiler_options_for(device_kind: str) -> Options:
-    """What the table holds for a chip (`device.device_kind`); nothing for one that it doesn't know."""
-    return next((dict(options) for kind, options in _TABLE if device_kind.startswith(kind)), {})
+    """XLA's options for a chip; none for one that is not known."""
+    if chip := chip_of(device_kind):
+        return dict(chip.options)
+    return next((dict(options) for kind, options in _OTHERS if device_kind.startswith(kind)), {})
 
 
 def of_mesh(mesh: jax.sharding.Mesh) -> tuple[Options, list[str]]:

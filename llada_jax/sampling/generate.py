@@ -82,7 +82,7 @@ def generate(
 
     Returns tokens int32 [B, P + gen_length], P being the longest prompt; with return_stats (tokens, Stats); with
     return_trajectory (tokens, the canvas after every step [steps, B, S]). Raises InputError when lengths do not divide
-    or do not fit, and for numbers that no sampler can use.
+    or do not fit, for numbers that no sampler can use, and when the model's logits are not finite.
     """
     job = _completion(model, prompt, attention_mask, gen_length, options)
     stats = job.run()
@@ -187,6 +187,8 @@ class _Job:
             )  # fmt: skip
 
     def _stats(self, state: State) -> Stats:
+        if bool(jnp.isnan(state.probability).any()):
+            raise InputError("the model's logits are not finite: its weights are damaged or its training diverged")
         cut = lambda x: x[:, x.shape[1] - self.length :]
         return Stats(
             cut(state.tokens), cut(state.step), cut(state.probability), int(state.full_passes),

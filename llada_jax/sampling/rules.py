@@ -160,7 +160,8 @@ def commit_top_k(score_BW: jax.Array, open_BW: jax.Array, count_B: jax.Array) ->
 
 
 def _order(score_BW: jax.Array, open_BW: jax.Array) -> jax.Array:
-    """Columns by falling score, those that are not open last."""
+    """Columns by falling score, NaN behind all others, those that are not open last."""
+    score_BW = jnp.where(jnp.isnan(score_BW), jnp.finfo(jnp.float32).min, score_BW)
     return jnp.argsort(jnp.where(open_BW, -score_BW, jnp.inf), axis=-1, stable=True)
 
 

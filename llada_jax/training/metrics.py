@@ -14,14 +14,9 @@ from tqdm import tqdm
 
 from llada_jax.model.config import ModelConfig
 from llada_jax.objectives.elbo import BUCKETS
+from llada_jax.parallel import chips
 from llada_jax.training.monitor import Events, Goodput
 from llada_jax.training.writer import Board, Lines
-
-# Peak dense bf16 FLOP/s of one JAX device, by the start of its device_kind.
-PEAK_FLOPS = {
-    "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5": 459e12, "TPU v6 lite": 918e12, "TPU7x": 1153.5e12,
-    "NVIDIA H100": 989e12, "NVIDIA H200": 989e12, "NVIDIA A100": 312e12,
-}  # fmt: skip
 
 _PLAIN_SECONDS = 10.0  # between lines where there is no terminal
 
@@ -146,7 +141,7 @@ class Reporter:
             slowest, mean = float(m["host_seconds"].max()), float(m["host_seconds"].mean())
             scalars["4_speed/slowest_host_over_mean"] = slowest / mean
             scalars["4_speed/slowest_host_seconds_per_step"] = slowest
-        if peak := peak_flops():
+        if peak := chips.peak_flops(jax.devices()[0].device_kind):
             scalars["4_speed/mfu"] = self._flops / seconds / (peak * jax.device_count())
         return scalars
 
@@ -233,13 +228,6 @@ class Reporter:
                 minutes, seconds = divmod(round((self._total - step) * scalars["4_speed/seconds_per_step"]), 60)
                 words.append(f"{minutes}:{seconds:02d} left")
             self.say(f"{self._title}: step {step}/{self._total} {', '.join(words)}")
-
-
-def peak_flops() -> float | None:
-    """Peak bf16 FLOP/s of one device, or None for an unknown kind (CPUs)."""
-    kind = jax.devices()[0].device_kind
-    matches = [name for name in PEAK_FLOPS if kind.startswith(name)]
-    return PEAK_FLOPS[max(matches, key=len)] if matches else None
 
 
 def _number(value: float) -> float | None:

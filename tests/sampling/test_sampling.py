@@ -415,3 +415,10 @@ def test_infilling_fills_masks_and_nothing_else(model, rng):
     ]:
         with pytest.raises(InputError, match=message):
             infill(model, text, **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"cache": "dual"}, {"threshold": 0.9}, {"temperature": 1.0}], ids=str)
+def test_weights_that_are_not_finite_end_in_one_line(model, options):
+    broken = jax.tree.map(lambda x: x * jnp.nan, model)
+    with pytest.raises(InputError, match="not finite"):
+        generate(broken, [[1, 2, 3]], gen_length=8, block_length=4, **options)

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from llada_jax.fields import InputError
-from llada_jax.tools.ahead import chips, cost, hlo, links
+from llada_jax.parallel.chips import TPUS
+from llada_jax.tools.ahead import cost, hlo, links, slices
 
 PROGRAM = (Path(__file__).parents[1] / "golden" / "scheduled.hlo").read_text()  # in the style of a dump, by hand
 
@@ -85,7 +86,7 @@ def test_types():
     ],
 )
 def test_names_of_slices(text, chips_, shape, wrap):
-    found = chips.parse_topology(text)
+    found = slices.parse_topology(text)
     assert (found.chips, found.shape, found.wrap) == (chips_, shape, wrap)
 
 
@@ -103,12 +104,12 @@ def test_names_of_slices(text, chips_, shape, wrap):
 )
 def test_slices_that_nobody_can_rent(text, message):
     with pytest.raises(InputError, match=message):
-        chips.parse_topology(text)
+        slices.parse_topology(text)
 
 
 def test_peak_follows_from_the_matrix_units():
     units = {"v4": 8 * 128**2, "v5e": 4 * 128**2, "v5p": 8 * 128**2, "v6e": 4 * 256**2, "tpu7x": 8 * 256**2}
-    for chip in chips.CHIPS.values():
+    for chip in TPUS.values():
         assert 2 * units[chip.name] * chip.clock == pytest.approx(chip.flops, rel=5e-3), chip.name
 
 
@@ -124,7 +125,7 @@ def mesh_of(shape, axes, torus, slices=1):
 
 
 def test_a_gather_over_a_torus_uses_every_ring():
-    topology = chips.parse_topology("v5e:16x16")
+    topology = slices.parse_topology("v5e:16x16")
     mesh = mesh_of((16, 16), ("fsdp", "tensor"), (16, 16))
     whole = links.transfer("all-gather", 1e9, list(range(256)), mesh, topology)
     ring = links.transfer("all-gather", 1e9, list(range(16)), mesh, topology)
@@ -136,14 +137,14 @@ def test_a_gather_over_a_torus_uses_every_ring():
 
 
 def test_without_a_ring_a_dimension_gives_half():
-    topology = chips.parse_topology("v5e:4x4")
+    topology = slices.parse_topology("v5e:4x4")
     mesh = mesh_of((16,), ("fsdp",), (4, 4))
     found = links.transfer("reduce-scatter", 1e9, list(range(16)), mesh, topology)
     assert found.ici_seconds == pytest.approx(1e9 * 15 / 16 / (2 * 45e9) + 6e-6)
 
 
 def test_across_slices_the_network_is_the_road():
-    topology = chips.parse_topology("v5p:2x2x1", 2)
+    topology = slices.parse_topology("v5p:2x2x1", 2)
     mesh = mesh_of((2, 4), ("data", "fsdp"), (2, 2, 1), slices=2)
     found = links.transfer("all-reduce", 1e9, [0, 4], mesh, topology)
     assert (found.network, found.axes) == ("dcn", ("data",))
@@ -151,7 +152,7 @@ def test_across_slices_the_network_is_the_road():
 
 
 def test_strided_groups_share_links():
-    topology = chips.parse_topology("v5e:4x4")
+    topology = slices.parse_topology("v5e:4x4")
     mesh = mesh_of((8, 2), ("fsdp", "tensor"), (4, 4))
     apart = links.transfer("all-gather", 1e9, [0, 2], mesh, topology)
     assert apart.axes == ("part of", "fsdp")
@@ -159,7 +160,7 @@ def test_strided_groups_share_links():
 
 
 def test_an_exchange_is_bound_by_the_middle():
-    topology = chips.parse_topology("v5e:16x16")
+    topology = slices.parse_topology("v5e:16x16")
     mesh = mesh_of((256,), ("fsdp",), (16, 16))
     found = links.transfer("all-to-all", 1e8, list(range(256)), mesh, topology)
     assert found.ici_seconds == pytest.approx(128 * 1e8 / 2 / (2 * 16 * 45e9) + 16e-6)  # 128 chips, half their bytes

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from llada_jax.config import run_config
-from llada_jax.tools.ahead.chips import parse_topology
 from llada_jax.tools.ahead.compile import compile_step
 from llada_jax.tools.ahead.estimate import report
+from llada_jax.tools.ahead.slices import parse_topology
 
 RECORDED = Path(__file__).parents[1] / "golden" / "compile_ahead.json"
 SLICES = ("v5e:4x4", "v5p:2x2x4", "v6e:4x4")

@@ -6,8 +6,9 @@ import pytest
 
 from llada_jax.config import run_config
 from llada_jax.fields import InputError
+from llada_jax.parallel.chips import GIB
 from llada_jax.tools.ahead import compile, estimate, search, text
-from llada_jax.tools.ahead.chips import GIB, parse_topology
+from llada_jax.tools.ahead.slices import parse_topology
 
 
 def tiny(**train):

@@ -19,9 +19,10 @@ from jax.sharding import PartitionSpec as P
 from llada_jax.config import RunConfig
 from llada_jax.fields import InputError
 from llada_jax.model.config import ModelConfig, model_config
+from llada_jax.parallel.chips import GIB
 from llada_jax.parallel.mesh import make_mesh, require_divides, rows_sharding
 from llada_jax.tools.ahead import hlo
-from llada_jax.tools.ahead.chips import GIB, Slice, absent_devices
+from llada_jax.tools.ahead.slices import Slice, absent_devices
 from llada_jax.training import run as train
 from llada_jax.training.step import init_state
 
@@ -81,7 +82,7 @@ def compile_step(
         except jax.errors.JaxRuntimeError as error:
             needed = _temporaries_of(str(error))
         texts = {
-            name: _dumped(Path(dump), name) for name in ("after_codegen", "after_optimizations", "memory-usage-report")
+            name: dumped(Path(dump), name) for name in ("after_codegen", "after_optimizations", "memory-usage-report")
         }
     assert memory is None or texts["after_codegen"], "the compiler wrote no dump"
     counted = dict(
@@ -140,7 +141,7 @@ def _device_bytes(tree) -> int:
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def _dumped(dump: Path, name: str) -> str:
+def dumped(dump: Path, name: str) -> str:
     """The newest file of that name: the step's, which is compiled last."""
     files = sorted(dump.glob(f"*.{name}.txt"), key=lambda path: path.stat().st_mtime) or sorted(
         dump.glob(f"*{name}.txt")

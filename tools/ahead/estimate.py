@@ -147,12 +147,12 @@ def play(compiled: Compiled, chunks: float) -> Cost:
     return Machine(
         compiled.program, clock=chip.clock, bandwidth=chip.memory_bandwidth / chip.devices,
         transfer=lambda kind, payload, group: priced(kind, payload, tuple(group)),
-        kernel=lambda i: _kernel_seconds(i, forward, chip.flops / chip.devices * chip.attention),
+        kernel=lambda i: kernel_seconds(i, forward, chip.flops / chip.devices * chip.attention),
         loop_trips=trips, devices=compiled.mesh.size,
     ).run()  # fmt: skip
 
 
-def _kernel_seconds(i: hlo.Instruction, forward: float, speed: float) -> float | None:
+def kernel_seconds(i: hlo.Instruction, forward: float, speed: float) -> float | None:
     """Seconds of an attention kernel, told from others by the name that the splash kernels give themselves."""
     if "tpu_custom_call" not in i.text or not re.search(r"splash|flash|mha|attention", i.name + i.text):
         return None

@@ -10,7 +10,7 @@ import dataclasses
 
 import numpy as np
 
-from llada_jax.tools.ahead.chips import Slice
+from llada_jax.tools.ahead.slices import Slice
 
 _HOP_SECONDS = 1e-6
 _PASSES = {"all-gather": 1, "reduce-scatter": 1, "all-reduce": 2, "all-to-all": 1, "ragged-all-to-all": 1,

@@ -10,9 +10,9 @@ from typing import Any
 from llada_jax.config import RunConfig
 from llada_jax.fields import InputError
 from llada_jax.model.config import REMAT, model_config
-from llada_jax.tools.ahead.chips import Slice
 from llada_jax.tools.ahead.compile import compile_step
 from llada_jax.tools.ahead.estimate import report
+from llada_jax.tools.ahead.slices import Slice
 
 
 def search(config: RunConfig, topology: Slice, say: Callable[[str], None] = print) -> list[dict[str, Any]]:

@@ -1,7 +1,6 @@
-"""TPU chips and the slices that exist of them: what a chip can do, which shapes can be rented, how chips are wired.
+"""The slices of TPUs that can be rented, and how their chips are wired.
 
-Sources: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x} for peaks, memory, links and shapes;
-jax-ml.github.io/scaling-book for one-way link speeds; the compiler's own messages for the memory that programs can use.
+Shapes: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}.
 """
 
 import dataclasses
@@ -12,43 +11,8 @@ import os
 import re
 
 from llada_jax.fields import InputError
+from llada_jax.parallel.chips import TPUS, Tpu
 
-GIB = 2**30
-
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """One generation. Speeds are of a whole chip, in units without prefix: FLOP/s, bytes/s, Hz, bytes."""
-
-    name: str
-    kind: str  # how `device.device_kind` begins
-    flops: float  # peak, bfloat16 with float32 accumulation
-    clock: float  # of the TensorCore: turns the compiler's estimated cycles into seconds
-    memory: float  # HBM that a program can use, of one device (the compiler's "available HBM")
-    memory_bandwidth: float
-    link: float  # one ICI link, one way
-    dimensions: int  # of the torus
-    network: float  # data-center network (DCN), one way
-    attention: float  # assumed share of peak that the splash kernel reaches; see estimate.py
-    devices: int = 1  # JAX devices of a chip
-    counts_cores: bool = False  # the number in a name such as v5p-128 counts TensorCores, two a chip
-    max_chips: int = 256
-
-
-CHIPS = {
-    chip.name: chip
-    for chip in (
-        Chip("v4", "TPU v4", 275e12, 1.05e9, 30.75 * GIB, 1.23e12, 45e9, 3, 6.25e9, 0.55,
-             counts_cores=True, max_chips=4096),
-        Chip("v5e", "TPU v5 lite", 197e12, 1.5e9, 15.75 * GIB, 0.82e12, 45e9, 2, 3.125e9, 0.55),
-        Chip("v5p", "TPU v5", 459e12, 1.75e9, 95.73 * GIB, 2.765e12, 90e9, 3, 6.25e9, 0.55,
-             counts_cores=True, max_chips=6144),
-        Chip("v6e", "TPU v6 lite", 918e12, 1.75e9, 31.24 * GIB, 1.64e12, 90e9, 2, 12.5e9, 0.35),
-        # The clock follows from the peak, as it does for the others: four 256 x 256 units a core.
-        Chip("tpu7x", "TPU7x", 2307e12, 2.2e9, 94.74 * GIB, 7.38e12, 90e9, 3, 12.5e9, 0.35,
-             devices=2, counts_cores=True, max_chips=9216),
-    )
-}  # fmt: skip
 _ALIASES = {"v5litepod": "v5e", "v5lite": "v5e", "v6": "v6e", "v7x": "tpu7x", "7x": "tpu7x"}
 _FLAT = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
 _BELOW_A_CUBE = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4))
@@ -58,7 +22,7 @@ _BELOW_A_CUBE = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4))
 class Slice:
     """`count` equal slices of one chip; `shape` is that of one of them, in chips."""
 
-    chip: Chip
+    chip: Tpu
     shape: tuple[int, ...]
     count: int = 1
 
@@ -82,14 +46,14 @@ def parse_topology(text: str, slices: int = 1) -> Slice:
     """The slice that `v5p:4x4x4` or `v5p-128` names. Raises InputError for one that nobody can rent."""
     match = re.fullmatch(r"\s*([a-z0-9]+?)(?::(\d+(?:x\d+){1,2})|-(\d+))\s*", text.lower())
     name = _ALIASES.get(match[1], match[1]) if match else ""
-    if match is None or name not in CHIPS:
+    if match is None or name not in TPUS:
         raise InputError(
-            f"--topology={text}: unknown; write CHIP:SHAPE or CHIP-NUMBER with a chip of {', '.join(CHIPS)}, "
+            f"--topology={text}: unknown; write CHIP:SHAPE or CHIP-NUMBER with a chip of {', '.join(TPUS)}, "
             "such as v5e:16x16 or v5p-128"
         )
     if slices < 1:
         raise InputError(f"--slices={slices}: must be at least 1")
-    chip = CHIPS[name]
+    chip = TPUS[name]
     if match[2]:
         shape = tuple(int(size) for size in match[2].split("x"))
         if not _exists(chip, shape):
@@ -104,7 +68,7 @@ def parse_topology(text: str, slices: int = 1) -> Slice:
     return Slice(chip, shape, slices)
 
 
-def _exists(chip: Chip, shape: tuple[int, ...]) -> bool:
+def _exists(chip: Tpu, shape: tuple[int, ...]) -> bool:
     if len(shape) != chip.dimensions:
         return False
     if chip.dimensions == 2:
@@ -114,7 +78,7 @@ def _exists(chip: Chip, shape: tuple[int, ...]) -> bool:
     return shape in _BELOW_A_CUBE or (cubes and ascending and math.prod(shape) <= chip.max_chips)
 
 
-def _shape_of(chip: Chip, chips: int) -> tuple[int, ...] | None:
+def _shape_of(chip: Tpu, chips: int) -> tuple[int, ...] | None:
     """The shape that a bare number means: the one nearest to a cube."""
     if chip.dimensions == 2:
         return next((shape for shape in _FLAT if math.prod(shape) == chips), None)
@@ -130,7 +94,7 @@ def _shape_of(chip: Chip, chips: int) -> tuple[int, ...] | None:
     return min(found, key=lambda shape: shape[2] - shape[0], default=None)
 
 
-def _shapes(chip: Chip) -> str:
+def _shapes(chip: Tpu) -> str:
     if chip.dimensions == 2:
         return f"{chip.name} comes in {', '.join('x'.join(map(str, shape)) for shape in _FLAT)}"
     small = ", ".join("x".join(map(str, shape)) for shape in _BELOW_A_CUBE)
