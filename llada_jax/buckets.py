@@ -20,7 +20,7 @@ from urllib import parse
 from llada_jax.fields import InputError, RunFailed
 
 PATIENCE_SECONDS = 120.0  # for which a bucket may be away
-_EXTRAS = {"gs": "gcs", "s3": "s3"}  # of pyproject.toml, by scheme
+_EXTRAS = {"gs": ("gcs", "gcsfs"), "s3": ("s3", "s3fs")}  # of pyproject.toml, with the library, by scheme
 _CHUNK_BYTES = 2**25
 _NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError")
 
@@ -143,8 +143,8 @@ def _file_system(scheme: str) -> Any:
     try:
         return fsspec.filesystem(scheme)
     except ImportError as error:
-        extra = _EXTRAS[scheme]
-        raise InputError(f"{scheme}:// needs {error.name or extra}; pip install 'llada_jax[{extra}]'") from error
+        extra, library = _EXTRAS[scheme]
+        raise InputError(f"{scheme}:// needs {library}; pip install 'llada_jax[{extra}]'") from error
 
 
 def _patiently(path: Path, work: Callable[[Any], T]) -> T:

@@ -165,7 +165,7 @@ class Checkpointer:
     def _report_failure(self, step: int, error: Exception) -> None:
         self._failure = root_cause(error)
         if processes.is_first():
-            with contextlib.suppress(RunFailed):  # the bucket is away; the next save removes it
+            with contextlib.suppress(InputError, RunFailed):  # the bucket is away; the next save removes it
                 self._remove_incomplete()  # before anything else is written to what may be a full disk
         action = "goes on with the checkpoints before; the next save tries again"
         self._tell("save failed", step, self._failure, action, own=not getattr(error, "shared", False))
