@@ -154,7 +154,7 @@ def test_a_bucket_that_is_away_during_a_save_costs_that_save_and_is_one_event(
     assert metrics(bucket) == kill_test.metrics(trained)
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_killed_run_continues_in_a_bucket_to_the_same_bits(proxies, bucket, tmp_path, processes):
     run = kill_test.Run(tmp_path / "logs", processes, 10**6, address=bucket)
     while not steps(bucket) or steps(bucket)[-1] < 10:
