@@ -193,7 +193,7 @@ def _let_orbax_write_to_s3() -> None:
         if not path.startswith("s3://"):
             return of_gcs(path)
         url = parse.urlparse(path)
-        spec = {"driver": "s3", "bucket": url.netloc, "path": url.path.lstrip("/")}
+        spec: dict[str, Any] = {"driver": "s3", "bucket": url.netloc, "path": url.path.lstrip("/")}
         endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
         region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
         spec |= {"endpoint": endpoint} if endpoint else {}
