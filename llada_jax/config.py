@@ -64,6 +64,22 @@ class Optimizer:
     mu_dtype: str = choice("float32", ("float32", "bfloat16"), "of Adam's first moment")
 
 
+_WEIGHTS = ("q_proj", "k_proj", "v_proj", "attn_out", "ff_proj", "up_proj", "ff_out")
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora:
+    """Read in model/lora.py, `base` in training/run.py, `fingerprint` in interop/."""
+
+    rank: int = integer(0, 0, 2**16, "of the adapters; 0: all parameters are trained")
+    alpha: float = number(64.0, 0, 1e6, "what they add is multiplied by alpha / rank", above=True)
+    dropout: float = number(0.0, 0, 1, "of their inputs in training", below=True)
+    targets: tuple = sequence(_WEIGHTS, "weights that get one: those of the blocks by name, and wte, the embedding")
+    rslora: bool = flag(False, "multiplied by alpha / √rank instead (arXiv 2312.03732)")
+    base: str = choice("bfloat16", ("float32", "bfloat16", "int8"), "how the frozen weights are held")
+    fingerprint: str = text("", "of the model in config.train.init_from, the base; a run fills it in")
+
+
 @dataclasses.dataclass
 class Mesh:
     """Read in parallel/mesh.py. -1: the devices that are left."""
@@ -106,8 +122,8 @@ class Checkpoint:
 
 
 GROUPS: dict[str, type] = {
-    "model": ModelConfig, "data": Data, "objective": Objective, "optimizer": Optimizer, "mesh": Mesh, "train": Train,
-    "checkpoint": Checkpoint,
+    "model": ModelConfig, "data": Data, "objective": Objective, "optimizer": Optimizer, "lora": Lora, "mesh": Mesh,
+    "train": Train, "checkpoint": Checkpoint,
 }  # fmt: skip
 
 
@@ -128,11 +144,15 @@ def check_config(config: RunConfig) -> None:
 
 
 def set_slice(config: RunConfig, slices: dict[str, dict[str, Any]], name: str) -> None:
-    """Sets mesh axes, `microbatches` and `remat` to what a config file says for a TPU slice; "" leaves them."""
+    """Sets mesh axes and the fields named here to what a config file says for a TPU slice; "" leaves them."""
     if name and name not in slices:
         raise InputError(f"no settings for the slice {name!r}; there are some for {', '.join(slices)}")
     for field, value in slices.get(name, {}).items():
-        group = {"microbatches": config.train, "remat": config.model}.get(field, config.mesh)
+        groups = dict(
+            microbatches=config.train, batch_size=config.train, remat=config.model, base=config.lora,
+            row_length=config.data,
+        )  # fmt: skip
+        group = groups.get(field, config.mesh)
         group[field] = value
 
 

@@ -126,7 +126,8 @@ _LAST = ("manifest.json", "config.json")  # of a directory in a bucket: without 
 
 COMMIT = "commit_success.txt"  # Orbax's: the last file that it writes into a checkpoint
 
-_CHECKSUMS = "checksums{}.json"  # of the files that one process wrote: {file: [bytes, SHA-256]}; "" is the first
+CHECKSUMS = "checksums.json"  # of the files that the first process wrote: {file: [bytes, SHA-256]}
+_SIDECARS = "checksums*.json"  # those of process N are in checksums.N.json
 _MARKERS = ("checksums", COMMIT, "damaged.txt")  # how the names begin of files that have no checksum
 _THREADS = 8  # hashing lets other threads run
 
@@ -139,7 +140,7 @@ def write_checksums(directory: Path, process: int = 0) -> None:
     names = [name for name in _names(directory) if _writer(name) == process]
     with ThreadPoolExecutor(_THREADS) as pool:
         facts = list(pool.map(lambda name: _facts(directory / name), names))
-    place = directory / _CHECKSUMS.format(f".{process}" if process else "")
+    place = directory / (f"checksums.{process}.json" if process else CHECKSUMS)
     write_atomic(place, json.dumps(dict(zip(names, facts, strict=True)), indent=0))
 
 
@@ -183,8 +184,8 @@ def checksums(directory: Path) -> dict[str, list]:
 def _sidecars(directory: Path) -> list[Path]:
     if buckets.is_bucket(directory):
         names = sorted(buckets.files_below(directory))
-        return [directory / name for name in names if fnmatch.fnmatch(name, _CHECKSUMS.format("*")) and "/" not in name]
-    return sorted(directory.glob(_CHECKSUMS.format("*")))
+        return [directory / name for name in names if fnmatch.fnmatch(name, _SIDECARS) and "/" not in name]
+    return sorted(directory.glob(_SIDECARS))
 
 
 def _names(directory: Path) -> list[str]:
@@ -235,7 +236,7 @@ def _difference(directory: Path, name: str, expected: list) -> str:
     except FileNotFoundError:
         return f"{name}: no such file"
     except InputError:
-        return f"{name}: no such file" if not (directory / name).exists() else f"{name}: not a file"
+        return f"{name}: no such file" if not os.path.exists(directory / name) else f"{name}: not a file"
     except OSError as error:
         return f"{name}: {(error.strerror or 'cannot be read').lower()}"
     if found == expected:

@@ -41,6 +41,8 @@ _BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Rows that are sampled at on
 _CHAT = flags.DEFINE_enum("chat", "auto", ["auto", "yes", "no"], "Apply the chat template; auto: if fine-tuned.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of the sampling noise.", lower_bound=0, upper_bound=2**32 - 1)
 _TENSOR = flags.DEFINE_integer("tensor", 0, "Devices that a copy of the model is split over; 0: as few as hold it.")
+_ADAPTER = flags.DEFINE_multi_string("adapter", [], "Directory of a PEFT adapter of the model; several add up.")
+_QUANTIZE = flags.DEFINE_enum("quantize", None, ["int8"], "Hold the weights of the blocks in 8 bits.")
 _TRAJECTORY = flags.DEFINE_bool("trajectory", False, "Show the text after every pass.")
 options.define_flags()
 
@@ -56,7 +58,7 @@ def main(_argv: list[str]) -> None:
         mesh = inference_mesh(hf.load_config(workdir), _TENSOR.value)
         if mesh is not None:
             stack.enter_context(jax.set_mesh(mesh))
-        model = hf.load(workdir, mesh=mesh)
+        model = hf.load(workdir, mesh=mesh, adapter=_ADAPTER.value, quantize=_QUANTIZE.value)
         show = stack.enter_context(_printer(tokenizer, len(todo) + rest, rest, todo))
         requests = [request for _, request in todo]
         batches.answer_all(

@@ -159,10 +159,12 @@ SLICED = [(path, name) for path in CONFIGS for name in getattr(module(path), "SL
 def test_settings_of_a_slice_divide_over_it(path, name):
     config = load(path, name)
     count, _, one = name.rpartition("x") if name[0].isdigit() else ("1", "", name)
-    topology = parse_topology(one, int(count))
-    train.check(config, topology.chips * topology.chip.devices)
-    sizes = [size for size in config.mesh.values() if size != -1]
-    assert topology.chips * topology.chip.devices % math.prod(sizes) == 0
-    assert config.mesh.data % topology.count == 0
+    devices = 1  # of one GPU
+    if name not in ("h200", "rtx-24gb"):
+        topology = parse_topology(one, int(count))
+        devices = topology.chips * topology.chip.devices
+        assert config.mesh.data % topology.count == 0
+    train.check(config, devices)
+    assert devices % math.prod(size for size in config.mesh.values() if size != -1) == 0
     with pytest.raises(InputError, match="no settings for the slice 'v9-7'; there are some for"):
         load(path, "v9-7")

@@ -22,8 +22,8 @@ FLOORS = [
     ["training.monitor", "training.optimizer", "training.stability"],
     ["training.step"],
     ["interop"],
-    ["training"],
-    ["train", "sample"],
+    ["training", "evaluation.harness"],
+    ["train", "sample", "evaluate"],
 ]
 
 

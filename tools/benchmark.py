@@ -1,8 +1,9 @@
-"""Measures the train step, the samplers, the data path and the cost of a checkpoint; prints one table each.
+"""Measures the train step, the samplers, scoring, the data path and the cost of a checkpoint; prints one table each.
 
 python tools/benchmark.py train --shape=small [--torch] [--steps=20]
 python tools/benchmark.py train --shape=llada_8b --layers=8 --rows=4
 python tools/benchmark.py sample [--torch] [--runs=3]
+python tools/benchmark.py evaluate [--torch] [--runs=3] [--questions=4]
 python tools/benchmark.py data
 python tools/benchmark.py checkpoint
 
@@ -32,14 +33,15 @@ from llada_jax.model.config import PRESETS, ModelConfig
 from llada_jax.objectives import OBJECTIVES
 from llada_jax.parallel.chips import peak_flops
 from llada_jax.parallel.mesh import global_batch, make_mesh
-from llada_jax.tools import sample_speed
+from llada_jax.tools import evaluate_speed, sample_speed
 from llada_jax.training.step import init_state, make_train_step
 
 SHAPE = flags.DEFINE_string("shape", "small", "Of `train`: small, vocabulary, or a preset of llada_jax/config.py.")
 LAYERS = flags.DEFINE_integer("layers", 0, "Of `train`: so many layers instead of the shape's own.")
 ROWS = flags.DEFINE_integer("rows", 0, "Rows of a batch. Default: the shape's.")
 LENGTH = flags.DEFINE_integer("length", 0, "Tokens of a row. Default: the shape's.")
-RUNS = flags.DEFINE_integer("runs", 3, "Of `sample`: completions of each kind.", lower_bound=1)
+RUNS = flags.DEFINE_integer("runs", 3, "Of `sample` and `evaluate`: runs of each kind.", lower_bound=1)
+QUESTIONS = flags.DEFINE_integer("questions", 4, "Of `evaluate`: how many of each kind.", lower_bound=1)
 PATIENCE = flags.DEFINE_float("patience", 60, "Seconds that a step waits at most for an idle machine.", lower_bound=0)
 STEPS = flags.DEFINE_integer("steps", 20, "Timed steps.", lower_bound=2)
 REMAT = flags.DEFINE_string("remat", "", "What the backward pass recomputes; default: the shape's.")
@@ -302,7 +304,12 @@ def sample() -> None:
     sample_speed.measure(TORCH.value, RUNS.value, _child, wait_until_idle)
 
 
-_COMMANDS = {"train": train, "sample": sample, "data": data, "checkpoint": checkpoint}
+def evaluate() -> None:
+    """Multiple choice by our batches, and with --torch by the official loop."""
+    evaluate_speed.measure(TORCH.value, RUNS.value, QUESTIONS.value, wait_until_idle)
+
+
+_COMMANDS = {"train": train, "sample": sample, "evaluate": evaluate, "data": data, "checkpoint": checkpoint}
 
 
 def main(argv: list[str]) -> None:

@@ -38,6 +38,7 @@ SLICES = flags.DEFINE_integer("slices", 1, "How many of them; the data axis of t
 SEARCH = flags.DEFINE_bool("search", False, "Try meshes, remat and microbatches, and rank what fits.")
 CACHE = flags.DEFINE_string("cache", None, "A compilation cache to put the executable into.")
 SAMPLER = flags.DEFINE_enum("sampler", None, list(PRESETS), "A preset: compiles its sampler, not a training step.")
+WEIGHTS = flags.DEFINE_enum("weights", "bfloat16", ["bfloat16", "int8"], "Of --sampler: how it holds its blocks.")
 ROWS = flags.DEFINE_integer("rows", 8, "Of --sampler: prompts at once on each copy of the model.", lower_bound=1)
 PROMPT_LENGTH = flags.DEFINE_integer("prompt_length", 512, "Of --sampler: tokens.", lower_bound=1)
 GEN_LENGTH = flags.DEFINE_integer("gen_length", 256, "Of --sampler: tokens that are generated.", lower_bound=32)
@@ -51,7 +52,7 @@ def main(_argv: list[str]) -> None:
     topology = parse_topology(TOPOLOGY.value, SLICES.value)
     if SAMPLER.value:
         job = sampler.Job(ROWS.value, PROMPT_LENGTH.value, GEN_LENGTH.value)
-        found = sampler.compile_sampler(SAMPLER.value, topology, job)
+        found = sampler.compile_sampler(SAMPLER.value, topology, job, WEIGHTS.value)
         print(sampler.describe(found))
         _write(found)
         return

@@ -3,7 +3,11 @@
 python tools/convert_checkpoint.py --source=LLaDA-8B-Base --target=runs/llada_8b --to=orbax --verify
 python tools/convert_checkpoint.py --source=runs/sft --target=my-llada-8b-sft --to=hf --dtype=bfloat16
 
-A run starts from the former with --config.train.init_from=runs/llada_8b. The tokenizer and generation settings come
+python tools/convert_checkpoint.py --source=runs/lora --target=my-llada-8b --to=hf --merge
+python tools/convert_checkpoint.py --source=LLaDA-8B-Base --adapter=ADAPTER --target=my-llada-8b --to=hf --merge
+python tools/convert_checkpoint.py --source=runs/lora --target=my-adapter --to=peft
+
+A run starts from the first with --config.train.init_from=runs/llada_8b. The tokenizer and generation settings come
 along. The target appears when it is complete, and with --verify only if it computes what the source computes and, where
 PyTorch is installed, what a forward pass written in PyTorch computes from the published files. Runs on the CPU.
 """
@@ -12,6 +16,7 @@ import importlib.util
 import os
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -27,6 +32,7 @@ from llada_jax.files import parse_json, read_json
 from llada_jax.interop import hf
 from llada_jax.interop.workdir import load_config, require_utf8
 from llada_jax.mirror import copied
+from llada_jax.model import lora
 from llada_jax.model.config import ModelConfig
 from llada_jax.model.transformer import Block, Transformer, rms_norm
 
@@ -36,20 +42,32 @@ from llada_jax.model.transformer import Block, Transformer, rms_norm
 TOLERANCE = 1e-3
 
 
-def convert(source: Path, target: Path, to: str, dtype: str | None, max_shard_size: str, verify: bool) -> str:
+def convert(
+    source: Path, target: Path, to: str, dtype: str | None, max_shard_size: str, verify: bool,
+    adapter: Sequence[str | Path] = (), merge: bool = False,
+) -> str:  # fmt: skip
     """Writes `target`; returns a report of one line. The arguments are the flags."""
+    if to == "peft":
+        return _write_adapter(source, target, adapter)
     with hf.new_directory(require_utf8(target) if to == "orbax" else target) as made:
         tokens = random_tokens(hf.load_config(source))
-        before = probe(hf.load(source), tokens) if verify else None
+        before = probe(hf.load(source, adapter=adapter), tokens) if verify else None
         dtype = dtype or (_published_dtype(source) if to == "hf" else None)
         with _bar("read", sum(map(os.path.getsize, filter(os.path.isfile, source.glob("*.safetensors"))))) as bar:
-            model = hf.load(source, dtype, progress=bar.update)
+            model = hf.load(source, dtype, adapter=adapter, progress=bar.update)
+        moved = None
+        if merge:
+            model, moved = lora.merge(model)
+        elif lora.adapters_of(model):
+            raise InputError("the source has adapters: --merge adds them to its weights, --to=peft writes them alone")
         if to == "hf":
             with _bar("write", sum(x.nbytes for x in jax.tree.leaves(model))) as bar:
                 hf.write_hf(model, made, max_shard_size, source, bar.update)
         else:
             hf.write_workdir(model, made, source)
         report = f"{target}: {' and '.join(sorted({x.dtype.name for x in jax.tree.leaves(model)}))} parameters"
+        if moved is not None:
+            report += f"; merging moved weights by up to {moved:.2g} of the largest of their kind"
         if code := _missing_code(made):
             report += f"; for transformers, put {' and '.join(code)} of the published model beside them"
         if before is not None:
@@ -57,8 +75,17 @@ def convert(source: Path, target: Path, to: str, dtype: str | None, max_shard_si
             del model
             found = probe(hf.load(made), tokens)
             report += f"; {compare(before, wanted, found)}"
-            report += f"; {compare_with_torch(tokens, {'source': (copied(source), before), 'target': (made, found)})}"
+            sides = {"target": (made, found)} | ({} if adapter else {"source": (copied(source), before)})
+            report += f"; {compare_with_torch(tokens, sides)}"
     return report
+
+
+def _write_adapter(source: Path, target: Path, adapter: Sequence[str | Path]) -> str:
+    """The adapters of a run, or several put together, as PEFT has them."""
+    config = load_config(source)
+    base = Path(config["train"]["init_from"]) if config.get("lora", {}).get("rank") else source
+    hf.save_adapter(hf.load(source, adapter=adapter), target, base=base)
+    return f"{target}: an adapter of {base}, float32"
 
 
 def random_tokens(c: ModelConfig) -> np.ndarray:
@@ -70,6 +97,8 @@ def probe(model: Transformer, tokens: np.ndarray) -> np.ndarray:
     """Logits of the tokens in float32, one layer at a time: compiled whole, XLA would widen all of them at once."""
     model = hf.with_dtype(model, "float32")
     x_BLD = jnp.asarray(model.wte[...][tokens], jnp.float32)
+    if model.lora is not None:
+        x_BLD += model.lora.embed(tokens, "float32")
     for i in range(model.config.n_layers):
         x_BLD = _layer(jax.tree.map(lambda x: x[i], model.blocks), x_BLD)  # noqa: B023
     x_BLD = rms_norm(x_BLD, jnp.asarray(model.ln_f[...], jnp.float32), model.config.rms_norm_eps)
@@ -145,13 +174,19 @@ def main(_argv: list[str]) -> None:
     jax.config.update("jax_platforms", "cpu")  # memory of the host; accelerators round float32 products
     sys.stdout.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]; paths of any bytes
     f = flags.FLAGS
-    print(convert(path_of(f.source), path_of(f.target), f.to, f.dtype, f.max_shard_size, f.verify))
+    source, target = path_of(f.source), path_of(f.target)
+    print(convert(source, target, f.to, f.dtype, f.max_shard_size, f.verify, f.adapter, f.merge))
 
 
 if __name__ == "__main__":  # flags are defined here, so that other programs may import convert()
     flags.DEFINE_string("source", None, "Directory of a published checkpoint or of a run.", required=True)
     flags.DEFINE_string("target", None, "Directory to make.", required=True)
-    flags.DEFINE_enum("to", None, ["hf", "orbax"], "hf: published names and files; orbax: a workdir.", required=True)
+    flags.DEFINE_enum(
+        "to", None, ["hf", "orbax", "peft"], "hf: published files; orbax: a workdir; peft: its adapters alone.",
+        required=True,
+    )  # fmt: skip
+    flags.DEFINE_multi_string("adapter", [], "Directory of a PEFT adapter of the source; several add up.")
+    flags.DEFINE_bool("merge", False, "Add the adapters to the weights.")
     flags.DEFINE_enum(
         "dtype", None, ["float32", "bfloat16"], "Of the parameters. Default: as stored; for a run that began with a "
         "published model and goes --to=hf: as that one says (torch_dtype of its config.json)."

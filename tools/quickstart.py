@@ -23,7 +23,7 @@ from llada_jax.evaluation import reversal
 from llada_jax.fields import InputError
 from llada_jax.interop.workdir import load_model
 from llada_jax.model.transformer import parameter_count
-from llada_jax.sampling import prompts
+from llada_jax.sampling import left_to_right, prompts
 from llada_jax.sampling.generate import generate
 from llada_jax.tools import report
 from llada_jax.training.run import train
@@ -212,7 +212,7 @@ def ask(model, tokenizer, couplets: Sequence[tuple[str, str]], direction: str):
     form, given = (FORWARD[0], 0) if direction == "forward" else (BACKWARD[0], 1)
     asked = [tokenizer.encode_chat([{"role": "user", "content": form.format(c[given])}]) for c in couplets]
     if model.config.causal:
-        return reversal.continue_ids(model, tokenizer, asked, _ANSWER_ROOM), None
+        return left_to_right.continue_ids(model, tokenizer, asked, _ANSWER_ROOM), None
     rows, real = inputs.left_pad(asked, tokenizer.pad_id)
     _, sampled = generate(model, rows, real, gen_length=_ANSWER_ROOM, return_stats=True)
     return [prompts.reply_text(tokenizer, row) for row in np.asarray(sampled.tokens)[:, -_ANSWER_ROOM:]], sampled

@@ -86,6 +86,16 @@ class Tokenizer:
             check_unicode(message["role"] + message["content"], "a message")
         return self._model.encode_chat(messages)
 
+    def chat_text(self, messages: Messages) -> str:
+        """The text of `encode_chat`, special tokens by their names; `encode_marked` makes its ids of it."""
+        for message in messages:
+            check_unicode(message["role"] + message["content"], "a message")
+        return self._model.chat_text(messages)
+
+    def encode_marked(self, text: str) -> list[int]:
+        """Ids of a text in which the names of special tokens stand for these."""
+        return self._model.encode_marked(text)
+
     def encode_answer(self, content: str) -> list[int]:
         """Ids of a reply as it follows `encode_chat`: the stripped text and the end of the turn."""
         return [*self.encode(content.strip()), self.eot_id]
@@ -189,6 +199,14 @@ class _SentencePiece:
             ids += [*self._header(message["role"]), *self.encode(content), self.eot_id]
         return [*ids, *self._header("assistant"), *self.encode("\n\n")]
 
+    def chat_text(self, messages: Messages) -> str:
+        return _llada_template().render(messages=messages, bos_token=BOS)
+
+    def encode_marked(self, text: str) -> list[int]:
+        ids = {name: id for id, name in self._special.items()}
+        parts = re.split(f"({'|'.join(map(re.escape, ids))})", text)
+        return [id for part in parts for id in ([ids[part]] if part in ids else self.encode(part))]
+
     def files(self, path: Path) -> list[tuple[Path, str]]:
         return [(path, "tokenizer.model")]
 
@@ -241,7 +259,6 @@ class _TokenizerJson:
         self.chat_template = _chat_template(path.parent, settings) or LLADA_CHAT_TEMPLATE
         if not isinstance(self.chat_template, str):
             raise InputError(f"{path.parent}: its chat_template is no text; copy it again")
-        self._ours = chat_template.environment().from_string(LLADA_CHAT_TEMPLATE)
 
     def encode(self, text: str) -> list[int]:
         _require_bounded(self._path, self._normalizer, _bytes(text))
@@ -258,15 +275,26 @@ class _TokenizerJson:
         return self.decode([id], keep_special=True) or "\ufffd"
 
     def encode_chat(self, messages: Messages) -> list[int]:
+        return self.encode(self.chat_text(messages))
+
+    def chat_text(self, messages: Messages) -> str:
         values = {"messages": messages, "add_generation_prompt": True, **self._names}
         if self.chat_template == LLADA_CHAT_TEMPLATE:  # that of everyone so far: at once, and trusted
-            return self.encode(self._ours.render(values))
-        return self.encode(chat_template.render(self.chat_template, values, self._path.parent))
+            return _llada_template().render(values)
+        return chat_template.render(self.chat_template, values, self._path.parent)
+
+    def encode_marked(self, text: str) -> list[int]:
+        return self.encode(text)
 
     def files(self, path: Path) -> list[tuple[Path, str]]:
         beside = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
         present = [(path.parent / name, name) for name in beside if (path.parent / name).exists()]
         return [(path, "tokenizer.json"), *present]
+
+
+@functools.cache
+def _llada_template():
+    return chat_template.environment().from_string(LLADA_CHAT_TEMPLATE)
 
 
 @contextlib.contextmanager

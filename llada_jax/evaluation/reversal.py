@@ -3,7 +3,9 @@
 N couplets, C candidates, L length of a row. A couplet is (first, second); its text is `first，second。` as in training.
 """
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,10 @@ import numpy as np
 
 from llada_jax.data.sources import couplet_text
 from llada_jax.data.tokenizer import Tokenizer
+from llada_jax.fields import InputError
+from llada_jax.files import LARGEST_JSON, read_bytes
 from llada_jax.sampling.generate import infill
+from llada_jax.sampling.left_to_right import continue_text, right_pad
 
 Couplet = tuple[str, str]
 
@@ -29,37 +34,43 @@ PROTOCOLS = {
 }
 
 
+_ASKED = {"forward": "的下一句是什么？", "backward": "的上一句是什么？"}  # which line is the next, the previous one?
+_ONLY = " 直接输出句子即可。"  # write the sentence alone
+OFFICIAL_SETTINGS = {"gen_length": 28, "block_length": 28, "logits_eos_inf": True}  # one token a pass
+
+
+def read_couplets(path: str) -> list[Couplet]:
+    """The couplets of a file as the authors published theirs: a JSON list of {"first", "second"}.
+
+    Raises InputError for a file that holds something else.
+    """
+    try:
+        rows = json.loads(read_bytes(Path(path), LARGEST_JSON))
+        couplets = [(row["first"], row["second"]) for row in rows]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f'{path}: must be a JSON list of {{"first": line, "second": line}}') from error
+    if not couplets or not all(isinstance(line, str) and line for couplet in couplets for line in couplet):
+        raise InputError(f'{path}: must hold couplets, and texts as "first" and "second" of each')
+    return couplets
+
+
+def official_questions(couplets: Sequence[Couplet], direction: str) -> list[tuple[str, str]]:
+    """(what a user asks, the line that its reply must contain) of each couplet, as in the authors' eval_reverse.py."""
+    pairs = couplets if direction == "forward" else [(second, first) for first, second in couplets]
+    return [(f"{given}{_ASKED[direction]}{_ONLY}", wanted) for given, wanted in pairs]
+
+
 def fill_lines(model, tokenizer: Tokenizer, couplets: Sequence[Couplet], direction: str) -> tuple[list[str], dict]:
     """What a masked-diffusion model writes in place of each hidden line, and the replay of the couplets' first.
 
     direction: "forward" hides the second line, "backward" the first.
     """
     rows, hidden = zip(*(_masked_row(tokenizer, couplet, direction) for couplet in couplets), strict=True)
-    canvas, real = _right_pad(rows, tokenizer.pad_id)
+    canvas, real = right_pad(rows, tokenizer.pad_id)
     sampled = infill(model, canvas, real)
     tokens = np.asarray(sampled.tokens)
     lines = [tokenizer.decode(tokens[i, hidden[i]]) for i in range(len(couplets))]
     return lines, {"sampled": sampled, "hidden": hidden}
-
-
-def continue_text(model, tokenizer: Tokenizer, prompts: Sequence[str], max_new: int) -> list[str]:
-    """Greedy left-to-right continuations of `prompts` by a causal model, up to the end of text."""
-    return continue_ids(model, tokenizer, [[tokenizer.bos_id, *tokenizer.encode(p)] for p in prompts], max_new)
-
-
-def continue_ids(model, tokenizer: Tokenizer, prompts: Sequence[list[int]], max_new: int) -> list[str]:
-    """The same for token ids, [B] lists; the text ends at the first end of turn or of text."""
-    canvas, real = _right_pad([[*ids, *[tokenizer.mask_id] * max_new] for ids in prompts], tokenizer.pad_id)
-    given = np.zeros(canvas.shape, bool)
-    for i, ids in enumerate(prompts):
-        given[i, : len(ids)] = True
-    out = np.asarray(_left_to_right(model, jnp.asarray(canvas), jnp.asarray(given), min(map(len, prompts))))
-    texts = []
-    for i, ids in enumerate(prompts):
-        new = [int(t) for t in out[i, len(ids) : len(ids) + max_new]]
-        stops = [new.index(stop) for stop in (tokenizer.eos_id, tokenizer.eot_id) if stop in new]
-        texts.append(tokenizer.decode(new[: min(stops, default=len(new))]))
-    return texts
 
 
 def write_forward(model, tokenizer: Tokenizer, couplets: Sequence[Couplet]) -> list[str]:
@@ -85,26 +96,28 @@ def write_backward(model, tokenizer: Tokenizer, couplets: Sequence[Couplet]) -> 
 def rank(
     model, tokenizer: Tokenizer, couplets: Sequence[Couplet], direction: str, *, candidates: int = 32, seed: int = 0
 ) -> float:
-    """Share of couplets of which a causal model finds the right line among `candidates` by likelihood."""
+    """Share of couplets of which a causal model finds the right line among `candidates` by likelihood.
+
+    Found is a line whose score is a finite number above all others: ties and NaN do not count.
+    """
     rng = np.random.default_rng(seed)
     count = min(candidates, len(couplets))
-    texts, truth = [], []
+    texts = []
     for i, (first, second) in enumerate(couplets):
         others = rng.permutation([j for j in range(len(couplets)) if j != i])[: count - 1]
         for j in (i, *others):
             texts.append(
                 couplet_text(first, couplets[j][1]) if direction == "forward" else couplet_text(couplets[j][0], second)
             )
-        truth.append(0)
     rows = [[tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id] for text in texts]
-    tokens, real = _right_pad(rows, tokenizer.pad_id)
+    tokens, real = right_pad(rows, tokenizer.pad_id)
     scores = np.concatenate(
         [
             np.asarray(_log_likelihood(model, tokens[i : i + 1024], real[i : i + 1024]))
             for i in range(0, len(rows), 1024)
         ]
     )
-    return float(np.mean(scores.reshape(len(couplets), count).argmax(1) == np.asarray(truth)))
+    return float(np.mean(_first_is_best(scores.reshape(len(couplets), count))))
 
 
 def accuracy(lines: Sequence[str], couplets: Sequence[Couplet], direction: str) -> float:
@@ -113,15 +126,10 @@ def accuracy(lines: Sequence[str], couplets: Sequence[Couplet], direction: str) 
     return float(np.mean([line == want for line, want in zip(lines, wanted, strict=True)]))
 
 
-@jax.jit
-def _left_to_right(model, canvas_BL: jax.Array, given_BL: jax.Array, first: jax.Array) -> jax.Array:
-    def step(i, x_BL):
-        logits_BLV = model(x_BL).at[..., model.config.mask_token_id].set(-jnp.inf)
-        next_B = jnp.argmax(jax.lax.dynamic_index_in_dim(logits_BLV, i - 1, axis=1, keepdims=False), axis=-1)
-        put_BL = (jnp.arange(x_BL.shape[1]) == i) & ~given_BL
-        return jnp.where(put_BL, next_B[:, None].astype(x_BL.dtype), x_BL)
-
-    return jax.lax.fori_loop(first, canvas_BL.shape[1], step, canvas_BL)
+def _first_is_best(scores_NC: np.ndarray) -> np.ndarray:
+    """Whether column 0 is finite and above every other, bool [N]; never where one of them is NaN."""
+    truth_N = scores_NC[:, 0]
+    return np.isfinite(truth_N) & (truth_N > np.max(scores_NC[:, 1:], axis=1, initial=-np.inf))
 
 
 @jax.jit
@@ -138,14 +146,6 @@ def _masked_row(tokenizer: Tokenizer, couplet: Couplet, direction: str) -> tuple
     head, masked = [tokenizer.bos_id, *tokenizer.encode(before)], len(tokenizer.encode(line))
     row = [*head, *[tokenizer.mask_id] * masked, *tokenizer.encode(after), tokenizer.eos_id]
     return row, slice(len(head), len(head) + masked)
-
-
-def _right_pad(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[np.ndarray, np.ndarray]:
-    width = -(-max(map(len, rows)) // 8) * 8  # few widths, so few programs
-    tokens, real = np.full((len(rows), width), pad_id, np.int32), np.zeros((len(rows), width), np.int32)
-    for i, row in enumerate(rows):
-        tokens[i, : len(row)], real[i, : len(row)] = row, 1
-    return tokens, real
 
 
 def _longest(tokenizer: Tokenizer, couplets: Sequence[Couplet]) -> int:

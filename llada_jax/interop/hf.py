@@ -7,7 +7,7 @@ import itertools
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,14 +18,18 @@ from jax.experimental import multihost_utils
 
 from llada_jax import mirror
 from llada_jax.buckets import files_below, is_bucket, path_of, require_reachable
-from llada_jax.fields import InputError
+from llada_jax.config import Lora
+from llada_jax.fields import InputError, check_fields
 from llada_jax.files import atomic_directory, parse_json, read_json
-from llada_jax.interop import hf_config, parameters, tensor_names, workdir
+from llada_jax.interop import hf_config, parameters, peft, tensor_names, workdir
 from llada_jax.interop import safetensors_io as files
 from llada_jax.interop.parameters import Progress
+from llada_jax.model import lora
+from llada_jax.model import quantize as quantized
 from llada_jax.model.config import ModelConfig, model_config
-from llada_jax.model.transformer import Transformer
+from llada_jax.model.transformer import Transformer, with_config
 from llada_jax.parallel import processes
+from llada_jax.parallel.mesh import under
 
 # What travels with a model besides its weights: the tokenizer, generation settings, and the code that auto_map names.
 COMPANIONS = (
@@ -36,31 +40,52 @@ COMPANIONS = (
 _BYTES = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
-def load(path: str | Path, dtype=None, mesh=None, *, progress: Progress = lambda _: None) -> Transformer:
+def load(
+    path: str | Path, dtype=None, mesh=None, *, adapter: str | Path | Sequence[str | Path] = (),
+    quantize: str | None = None, progress: Progress = lambda _: None,
+) -> Transformer:  # fmt: skip
     """The model in a directory: a published checkpoint (config.json, .safetensors) or a workdir of a run.
 
     A published checkpoint in a bucket is copied to this machine, once; checkpoints of runs are read where they are.
     Of a workdir, the newest checkpoint that is as its checksums say; published checkpoints have none. dtype: "float32"
     or "bfloat16", of parameters and of compute; None: parameters as stored, compute as the run did, or for a published
     checkpoint in bfloat16 if all of them are, else in float32. mesh: an explicit mesh over which the parameters are
-    born sharded, each process reading its own part. progress: called with the bytes of each piece of the published
-    files that was read. Raises InputError for a file that is broken, a tensor that is missing or too many, a shape that
-    contradicts config.json, and every option of config.json that this model cannot compute.
+    born sharded, each process reading its own part. adapter: a directory of a PEFT adapter, or several, whose effects
+    add up. quantize: "int8", the weights of the blocks in 8 bits; published files are quantised as they are read.
+    progress: called with the bytes of each piece of the published files that was read. Raises InputError for a file
+    that is broken, a tensor that is missing or too many, a shape that contradicts config.json, and every option of
+    config.json that this model cannot compute.
     """
+    if quantize not in (None, "int8"):
+        raise InputError(f"quantize {quantize!r} is not None or 'int8'")
+    model = _load(path, dtype, mesh, quantize, progress)
+    for place in (adapter,) if isinstance(adapter, str | Path) else adapter:
+        model = peft.load(model, mirror.copied(place), mesh, base=mirror.copied(path))
+    return model
+
+
+def _load(path: str | Path, dtype, mesh, quantize: str | None, progress: Progress) -> Transformer:
     directory = mirror.copied(path)
     if dtype is not None:
         dtype = _float_name(dtype)
     if _is_workdir(_read_json(directory)):
-        return _load_workdir(path_of(path), dtype, mesh)
+        return _load_workdir(path_of(path), dtype, mesh, quantize)
     stored = files.read_directory(directory)
     config = load_config(directory, dtype or _compute_dtype(stored, directory))
     parts = parameters.assign(stored, config, directory)
-    like = workdir.abstract_model(config, mesh)
-    leaves = []
-    for name, leaf in workdir.named_leaves(like):
-        kind = dtype or jnp.result_type(*(files.DTYPES[part.dtype] for part in parts[name]))
-        leaves.append(parameters.parameter(leaf, np.dtype(kind), parts[name], name.startswith("blocks."), progress))
-    return jax.tree.unflatten(jax.tree.structure(like), leaves)
+    like = workdir.abstract_model(config, mesh, quantize)
+    leaves, made = dict(workdir.named_leaves(like)), {}
+    for name, leaf in leaves.items():
+        weight = name.removesuffix(".scale").removesuffix(".values")
+        if name.endswith(".scale"):
+            scale, values = leaf, leaves[f"{weight}.values"]
+            made |= zip(
+                (name, f"{weight}.values"), parameters.int8(scale, values, parts[weight], progress), strict=True
+            )
+        elif name == weight:
+            kind = dtype or jnp.result_type(*(files.DTYPES[part.dtype] for part in parts[name]))
+            made[name] = parameters.parameter(leaf, np.dtype(kind), parts[name], name.startswith("blocks."), progress)
+    return jax.tree.unflatten(jax.tree.structure(like), [made[name] for name in leaves])
 
 
 def load_config(path: str | Path, dtype: str = "float32") -> ModelConfig:
@@ -74,8 +99,21 @@ def load_config(path: str | Path, dtype: str = "float32") -> ModelConfig:
 
 def with_dtype(model: Transformer, dtype: str) -> Transformer:
     """The same parameters, unchanged, computing in `dtype`."""
-    like = workdir.abstract_model(dataclasses.replace(model.config, dtype=dtype), None)
-    return jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(model))
+    return with_config(model, dataclasses.replace(model.config, dtype=dtype))
+
+
+def save_adapter(model: Transformer, path: str | Path, *, base: str | Path | None = None) -> None:
+    """Writes the adapters of a model as PEFT does: adapter_config.json and adapter_model.safetensors, float32.
+
+    base: where the model was loaded from; its path and fingerprint are noted, and `load` compares the latter. The
+    directory appears when it is complete. Raises InputError when it exists and is not empty, and for a model without
+    adapters. With several processes all must call it; the first writes.
+    """
+    plan = peft.plan(model, base)
+    with processes.all_or_none():
+        if processes.is_first():
+            with new_directory(Path(path)) as temporary:
+                peft.write(temporary, plan)
 
 
 def tokenizer_directory(path: str | Path) -> Path:
@@ -135,6 +173,10 @@ class _Plan(NamedTuple):
 
 
 def _plan(model: Transformer, max_shard_size: str | int) -> _Plan:
+    if lora.adapters_of(model):
+        raise InputError("the model has adapters; save_adapter writes them, lora.merge makes a plain model")
+    if quantized.is_quantized(model):
+        raise InputError("the model is int8, which no published format expresses; load it without quantize")
     config, leaves = model.config, dict(workdir.named_leaves(model))
     text = hf_config.write_config(config, _float_name(leaves["wte"].dtype))
     tensors = {t.name: t for t in tensor_names.tensors(config)}
@@ -207,10 +249,36 @@ def _is_workdir(config: dict) -> bool:
     return "model" in config and "model_type" not in config
 
 
-def _load_workdir(directory: Path, dtype: str | None, mesh) -> Transformer:
+def _load_workdir(directory: Path, dtype: str | None, mesh, quantize: str | None) -> Transformer:
     """The newest checkpoint of a run: parameters as stored and the run's compute dtype, or both as given."""
+    if workdir.load_config(directory).get("lora", {}).get("rank"):
+        return _load_adapted(directory, dtype, mesh, quantize)
     model = workdir.load_model(directory, mesh, dtype)
+    if quantize:
+        with under(mesh):
+            model = jax.jit(quantized.quantize)(model)
     return model if dtype is None else with_dtype(model, dtype)
+
+
+def _load_adapted(directory: Path, dtype: str | None, mesh, quantize: str | None) -> Transformer:
+    """The adapters of a run's newest checkpoint on the base that its config names, which must be as it was."""
+    raw, where = workdir.load_config(directory), directory / "config.json"
+    check_fields(Lora, raw["lora"], f"{where}: config.lora")
+    c, base = Lora(**raw["lora"]), mirror.copied(str(raw.get("train", {}).get("init_from", "")))
+    if not base.is_dir():
+        raise InputError(f"{where}: config.train.init_from, the base of its adapters, is {base}, which is not there")
+    if c.fingerprint != peft.fingerprint(base):
+        raise InputError(f"{where}: its adapters were trained on another model than the one that is in {base} now")
+    model = _load(base, dtype, mesh, quantize, lambda _: None)
+    if dtype is None:
+        model = with_config(model, model_config(raw["model"]))
+    with under(mesh):
+        made = jax.jit(lambda key: lora.adapters_of(lora.attach(model, c, key)))(jax.random.key(0))
+    like = {name: x for name, x in workdir.named_leaves(lora.with_adapters(model, made)) if lora.is_trainable(name)}
+    read = workdir.load_parameters(directory, workdir.concrete(like, mesh), mesh)
+    model = lora.with_adapters(model, made)
+    leaves = [read.get(name, x) for name, x in workdir.named_leaves(model)]
+    return jax.tree.unflatten(jax.tree.structure(model), leaves)
 
 
 def _compute_dtype(stored: dict[str, files.Stored], directory: Path) -> str:

@@ -10,8 +10,9 @@ import math
 import os
 import re
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax.numpy as jnp
@@ -39,14 +40,15 @@ class Stored:
     dtype: str  # as the file calls it: "F32"
     shape: tuple[int, ...]
 
-    def chunks(self, index: Sequence[slice]) -> Iterator[tuple[slice, np.ndarray]]:
+    def chunks(self, index: Sequence[slice], most_bytes: int = 0) -> Iterator[tuple[slice, np.ndarray]]:
         """A part of the tensor, some rows at a time: (rows, counted from the beginning of the part; their values).
 
-        index: a slice with start and stop for each axis. Only the bytes of the part are read from the disk.
+        index: a slice with start and stop for each axis. Only the bytes of the part are read from the disk, at most so
+        many at a time, but a row at least.
         """
         rows, *rest = index
         row_bytes = math.prod(s.stop - s.start for s in rest) * DTYPES[self.dtype].itemsize
-        step = max(1, _CHUNK_BYTES // max(1, row_bytes))
+        step = max(1, (most_bytes or _CHUNK_BYTES) // max(1, row_bytes))
         with _opened(self.path) as file:
             part = file.get_slice(self.name)
             for start in range(rows.start, rows.stop, step):
@@ -123,13 +125,24 @@ def _opened(path: Path) -> Iterator[Any]:
         raise InputError(f"{path}: not a safetensors file, truncated or corrupt ({why}); download it again") from error
 
 
-def write_file(path: Path, tensors: Sequence[Layout], arrays: Iterable[np.ndarray]) -> None:
+def read_metadata(path: Path) -> dict[str, str]:
+    """What a file says of itself besides its tensors."""
+    with _opened(path) as file:
+        return file.metadata() or {}
+
+
+def write_file(
+    path: Path,
+    tensors: Sequence[Layout],
+    arrays: Iterable[np.ndarray],
+    metadata: Mapping[str, str] = MappingProxyType({}),
+) -> None:
     """Writes a file whose tensors' contents come one by one, in the order of `tensors`.
 
     If that is `file_order`, the bytes are those that the safetensors library would write. The library itself takes all
     tensors of a file at once, which for a model as large as the memory are too many.
     """
-    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, dict] = {"__metadata__": {"format": "pt", **metadata}}
     end = 0
     for name, dtype, shape in tensors:
         start, end = end, end + nbytes(dtype, shape)

@@ -25,6 +25,7 @@ from llada_jax import buckets
 from llada_jax.config import run_config
 from llada_jax.fields import InputError
 from llada_jax.files import COMMIT, damage, read_json, require_files, write_checksums
+from llada_jax.model import quantize as quantized
 from llada_jax.model.config import ModelConfig, model_config
 from llada_jax.model.transformer import Transformer
 from llada_jax.parallel import processes
@@ -67,6 +68,17 @@ def load_model(path: str | Path, mesh=None, dtype: str | None = "float32") -> Tr
     if not buckets.is_bucket(path) and not os.path.isdir(Path(path) / "checkpoints"):
         raise InputError(f"{path}: no checkpoints/ in it; give the --workdir of a training run")
     like = abstract_model(config, mesh)
+    named = load_parameters(path, dict(named_leaves(like)), mesh, dtype)
+    return jax.tree.unflatten(jax.tree.structure(like), [named[name] for name, _ in named_leaves(like)])
+
+
+def load_parameters(
+    path: str | Path, like: dict[str, Any], mesh=None, dtype: str | None = None
+) -> dict[str, jax.Array]:
+    """Some parameters of a workdir's newest undamaged checkpoint, as `load_model` reads them.
+
+    like: shape, dtype and sharding of each, by its name.
+    """
     place = _undamaged(path, all_processes=mesh is not None)
     named: dict[str, jax.Array] = {}
     with readable(place):
@@ -74,7 +86,7 @@ def load_model(path: str | Path, mesh=None, dtype: str | None = "float32") -> Tr
         stored = (metadata or {}).get("model")
         if not stored:
             raise InputError(f"{place}: holds no model; copy it again")
-        for name, x in sorted(named_leaves(like), key=lambda item: -item[1].size):
+        for name, x in sorted(like.items(), key=lambda item: -item[1].size):
             found = stored.get(name)
             if found is None or found.shape != x.shape:
                 what = "none" if found is None else f"shape {found.shape}"
@@ -84,7 +96,7 @@ def load_model(path: str | Path, mesh=None, dtype: str | None = "float32") -> Tr
             context.pytree.loading.partial_load = True
             with context:
                 named |= ocp.load_checkpointables(str(place), {"model": one})["model"]
-    return jax.tree.unflatten(jax.tree.structure(like), [named[name] for name, _ in named_leaves(like)])
+    return named
 
 
 def _undamaged(workdir: str | Path, all_processes: bool) -> Path:
@@ -205,21 +217,25 @@ def frugal(arrays: Iterable[Any], *, ocdbt: bool = True) -> Any:
     return context
 
 
-def abstract_model(config: ModelConfig, mesh) -> Transformer:
-    """The shapes, dtypes and shardings of a model's parameters; no parameter is made.
+def abstract_model(config: ModelConfig, mesh, quantize: str | None = None) -> Transformer:
+    """The shapes, dtypes and shardings of a model's parameters, "int8" or as ever; no parameter is made.
 
     The shardings are concrete: eval_shape alone gives those of an abstract mesh, which Orbax rejects.
     """
+    make: Any = lambda key: (quantized.quantize if quantize else lambda x: x)(Transformer(config, key))
     if mesh is None:
-        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        like = jax.eval_shape(lambda key: Transformer(config, key), jax.random.key(0))
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), like)
+        return concrete(jax.eval_shape(make, jax.random.key(0)), None)
     require_mesh(mesh)
     require_divides(config, mesh)
     with jax.set_mesh(mesh):
-        like = jax.eval_shape(lambda key: Transformer(config, key), jax.random.key(0))
-    concrete = lambda x: jax.sharding.NamedSharding(mesh, x.sharding.spec)
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=concrete(x)), like)
+        return concrete(jax.eval_shape(make, jax.random.key(0)), mesh)
+
+
+def concrete(like, mesh):
+    """A tree of shapes and dtypes with shardings of devices that are there; without a mesh, of the first."""
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    place = lambda x: device if mesh is None else jax.sharding.NamedSharding(mesh, x.sharding.spec)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place(x)), like)
 
 
 def load_config(workdir: str | Path) -> dict:

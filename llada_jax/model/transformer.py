@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from llada_jax.model.attention import Past, attention, window_attention
 from llada_jax.model.config import ModelConfig
 from llada_jax.model.masks import FULL, Mask
+from llada_jax.model.quantize import PRODUCTS, product
 from llada_jax.parallel.mesh import BATCH, HIDDEN, gather_fsdp, platform, reshard, spec
 
 # What is saved of a layer for its backward pass besides its input, by config.model.remat; the rest is computed again.
@@ -66,6 +67,7 @@ class Block(nnx.Module):
         self.ff_proj = _weight(keys[4], (F, D), ("tensor", "fsdp"), _stds(c, D))
         self.up_proj = _weight(keys[5], (F, D), ("tensor", "fsdp"), _stds(c, D))
         self.ff_out = _weight(keys[6], (D, F), ("fsdp", "tensor"), _stds(c, F, depth))
+        self.lora = nnx.data(None)  # adapters by the weight that they stand beside; see model/lora.py
 
     def __call__(
         self, x_BLD: jax.Array, mask: Mask = FULL, positions: jax.Array | None = None, past: Past | None = None
@@ -77,30 +79,30 @@ class Block(nnx.Module):
         c, dtype = self.config, self.config.dtype
         heads = spec(BATCH, "tensor", "context", None)
         h_BLD = rms_norm(x_BLD, gather_fsdp(self.attn_norm, x_BLD.dtype), c.rms_norm_eps).astype(dtype)
-        q, k, v = (
-            jnp.einsum("BLD,NHD->BNLH", h_BLD, gather_fsdp(w, dtype), out_sharding=heads)
-            for w in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        q, k, v = (self.times(name, h_BLD, heads) for name in ("q_proj", "k_proj", "v_proj"))
         rotated = (rope(x, c.rope_theta, positions) for x in (q, k))
         q, k, v = (checkpoint_name(x, "qkv") for x in (*rotated, v))
         if past is None:
             a_BNLH = attention(q, k, v, mask, c.attention_kernel)
         else:
             a_BNLH = window_attention(q, k, v, past, mask)
-        out = jnp.einsum("BNLH,DNH->BLD", a_BNLH, gather_fsdp(self.attn_out, dtype), out_sharding=_hidden())
-        x_BLD += checkpoint_name(out, "attn_out")
+        x_BLD += checkpoint_name(self.times("attn_out", a_BNLH, _hidden()), "attn_out")
         return x_BLD + self.mlp(x_BLD), (k, v)
 
     def mlp(self, x_BLD: jax.Array) -> jax.Array:
         """What the second half of the layer adds to the residual stream, [B, L, D]."""
         c, dtype, wide = self.config, self.config.dtype, spec(BATCH, "context", "tensor")
         h_BLD = rms_norm(x_BLD, gather_fsdp(self.ff_norm, x_BLD.dtype), c.rms_norm_eps).astype(dtype)
-        gate_BLF, up_BLF = (
-            checkpoint_name(jnp.einsum("BLD,FD->BLF", h_BLD, gather_fsdp(w, dtype), out_sharding=wide), "mlp")
-            for w in (self.ff_proj, self.up_proj)
-        )
-        wide_BLF = jax.nn.silu(gate_BLF) * up_BLF
-        return jnp.einsum("BLF,DF->BLD", wide_BLF, gather_fsdp(self.ff_out, dtype), out_sharding=_hidden())
+        gate_BLF, up_BLF = (checkpoint_name(self.times(name, h_BLD, wide), "mlp") for name in ("ff_proj", "up_proj"))
+        return self.times("ff_out", jax.nn.silu(gate_BLF) * up_BLF, _hidden())
+
+    def times(self, name: str, x: jax.Array, out: P | None) -> jax.Array:
+        """The input of a weight times it, in the compute dtype, and what an adapter adds. out: sharding."""
+        letters, dtype = PRODUCTS[name], self.config.dtype
+        y = product(x, getattr(self, name), letters, dtype, out)
+        if self.lora is None or name not in self.lora:
+            return y
+        return y + self.lora[name](x, letters, dtype, out)
 
 
 class Transformer(nnx.Module):
@@ -117,6 +119,7 @@ class Transformer(nnx.Module):
         self.blocks = jax.vmap(lambda key, depth: Block(c, key, depth))(jax.random.split(keys[1], c.n_layers), depths)
         self.ln_f = nnx.Param(jnp.ones(c.d_model))
         self.ff_out = None if c.weight_tying else _weight(keys[2], rows, ("tensor", "fsdp"), _stds(c, c.d_model))
+        self.lora = nnx.data(None)  # the adapter of the embedding
 
     @property
     def head(self) -> nnx.Param:
@@ -135,7 +138,8 @@ class Transformer(nnx.Module):
         # of all tokens are MASK.
         looked_up = self.wte[...].astype(wide).at[reshard(tokens_BL, "data", "context")]
         x_BLD = looked_up.get(out_sharding=spec("data", "context", "fsdp"))
-        return reshard(x_BLD.astype(wide if c.residual == "parameters" else c.dtype), *HIDDEN)
+        x_BLD = reshard(x_BLD.astype(wide if c.residual == "parameters" else c.dtype), *HIDDEN)
+        return x_BLD if self.lora is None else x_BLD + self.lora.embed(tokens_BL, x_BLD.dtype)
 
     def norm(self, x_BLD: jax.Array) -> jax.Array:
         """The residual stream after the last layer, normed, in the compute dtype."""
@@ -174,6 +178,14 @@ def own_mask(c: ModelConfig, mask: Mask | jax.Array | None) -> Mask:
     if not isinstance(mask, Mask):
         mask = FULL if mask is None else Mask(segment_ids=mask)
     return dataclasses.replace(mask, kind="causal") if c.causal else mask
+
+
+def with_config(model: Transformer, c: ModelConfig) -> Transformer:
+    """The same parameters, unchanged, under a config that differs in how it is computed."""
+    model, blocks = jax.tree.map(lambda x: x, model), jax.tree.map(lambda x: x, model.blocks)
+    model.config = blocks.config = c
+    model.blocks = blocks
+    return model
 
 
 def parameter_count(c: ModelConfig) -> int:

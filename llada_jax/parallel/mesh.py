@@ -9,6 +9,7 @@ The mesh is Explicit: shardings are part of array types, so each spec stands nex
 a mesh (`jax.set_mesh` not called) everything runs on one device and the specs say nothing.
 """
 
+import contextlib
 import functools
 import math
 
@@ -124,6 +125,11 @@ def current_mesh() -> jax.sharding.AbstractMesh | None:
     """The mesh set with `jax.set_mesh`, or None."""
     mesh = jax.sharding.get_abstract_mesh()
     return None if mesh.empty else mesh
+
+
+def under(mesh: Mesh | None):
+    """A context in which the mesh is set; without one, in which nothing is."""
+    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
 def platform() -> str:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from llada_jax.model.attention import Past
 from llada_jax.model.masks import FULL, Mask
+from llada_jax.model.quantize import is_quantized
 from llada_jax.model.transformer import Block, Transformer, own_mask
 from llada_jax.parallel.mesh import BATCH, current_mesh, gather_fsdp, platform, reshard, spec
 
@@ -45,16 +46,15 @@ def prepare(model: Transformer | Weights, gather: bool = True) -> Weights:
     unstack = platform() == "cpu"
     mesh = current_mesh()
     gather = gather and mesh is not None and mesh.shape["fsdp"] > 1
-    cast = model.blocks.q_proj.dtype != jnp.dtype(model.config.dtype)
+    cast = not is_quantized(model) and model.blocks.q_proj.dtype != jnp.dtype(model.config.dtype)
     if not (unstack or gather or cast):
         return Weights(model, model.blocks, model.head[...])
     return jax.jit(_prepared, static_argnums=(1, 2))(model, gather, unstack)
 
 
 def _prepared(model: Transformer, gather: bool, unstack: bool) -> Weights:
-    dtype = model.config.dtype
-
     def matrix(x):
+        dtype = x.dtype if x.dtype == jnp.int8 else model.config.dtype
         return gather_fsdp(x, dtype) if gather else x[...].astype(dtype)
 
     def of_block(path, x):

@@ -8,6 +8,7 @@ from llada_jax.data import KINDS
 from llada_jax.data.tokenizer import Tokenizer
 from llada_jax.fields import InputError
 from llada_jax.interop import families, hf
+from llada_jax.model import lora
 from llada_jax.model.config import ModelConfig, model_config
 from llada_jax.objectives import OBJECTIVES
 from llada_jax.parallel.mesh import mesh_shape
@@ -29,6 +30,8 @@ def check(config: RunConfig, devices: int, stored: dict[str, Any] | None = None)
         raise InputError(f"config.objective.name {o.name!r} is not one of {', '.join(OBJECTIVES)}")
     if d.kind not in KINDS:
         raise InputError(f"config.data.kind {d.kind!r} is not one of {', '.join(KINDS)}")
+    if config.lora.rank:
+        lora.require_targets(tuple(config.lora.targets))
     model = _architecture(config, stored)
     families.require(model["family"])
     if d.row_length > model["max_sequence_length"]:

@@ -6,6 +6,7 @@ guard/ and the checksums that each process writes after the commit; the run's co
 """
 
 import contextlib
+import dataclasses
 import shutil
 import sys
 import threading
@@ -249,6 +250,7 @@ def _load(place: Path, like: TrainState) -> tuple[tuple[TrainState, dict[str, An
 
 
 def _parts(state: TrainState) -> dict[str, dict[str, Any]]:
+    state = dataclasses.replace(state, frozen=None)  # which is loaded from where it came
     parts: dict[str, dict[str, Any]] = {"model": {}, "optimizer": {}, "guard": {}}
     for (part, name), leaf in zip(_names(state), jax.tree.leaves(state), strict=True):
         parts[part][name] = leaf

@@ -25,16 +25,19 @@ smooth one holds the same quantity: cross-entropy at masked positions, averaged 
 over the recent steps, then over the ranges, since the ELBO is the integral of that cross-entropy over the ratio."""
 
 
-def flops_per_step(c: ModelConfig, rows: int, length: int, scored: float) -> float:
+def flops_per_step(c: ModelConfig, rows: int, length: int, scored: float, frozen: bool = False) -> float:
     """Model FLOPs of one training step: 6 per weight and token, and 12·layers·d·L per token for attention.
+
+    A frozen weight takes 4: it has no gradient of its own. Adapters are not counted.
 
     Bidirectional attention is counted in full, causal attention by half. The vocabulary matrix is counted at the
     `scored` positions of the step only, since no other position asks for it. Recomputation is not counted.
     """
     attention = 2 * c.d_model * c.n_heads * c.head_dim + 2 * c.d_model * c.n_kv_heads * c.head_dim
-    per_token = 6 * c.n_layers * (attention + 3 * c.d_model * c.mlp_hidden_size)
+    weight = 4 if frozen else 6
+    per_token = weight * c.n_layers * (attention + 3 * c.d_model * c.mlp_hidden_size)
     per_token += 12 * c.n_layers * c.d_model * length * (0.5 if c.causal else 1.0)
-    return rows * length * per_token + 6 * scored * c.d_model * c.embedding_size
+    return rows * length * per_token + weight * scored * c.d_model * c.embedding_size
 
 
 class SmoothElbo:
@@ -69,12 +72,13 @@ class Reporter:
     def __init__(
         self, workdir: str | Path, c: ModelConfig, *, rows: int, length: int, tokens_per_byte: float | None, schedule,
         total_steps: int, first_step: int, log_every: int, title: str, notes: dict[str, Any], goodput: Goodput,
-        events: Events,
+        events: Events, frozen: bool = False,
     ):  # fmt: skip
         self.directory = Path(workdir)
         self._c, self._rows, self._length, self._tokens_per_byte = c, rows, length, tokens_per_byte
         self._schedule, self._total, self._log_every, self._title = schedule, total_steps, log_every, title
         self._smooth = SmoothElbo(sums=notes["smooth_elbo"]) if notes else SmoothElbo()
+        self._frozen = frozen
         self._goodput, self._events, self._replaced_rows = goodput, events, 0.0
         self._what = "ce" if c.causal else "elbo"  # of the control it is no bound
         self._writes = jax.process_index() == 0
@@ -95,7 +99,7 @@ class Reporter:
             self._smooth.add(m["ce_sum"], m["ce_count"])
         self._steps += 1
         self._tokens += float(m["tokens"])
-        self._flops += flops_per_step(self._c, self._rows, self._length, float(m["ce_count"].sum()))
+        self._flops += flops_per_step(self._c, self._rows, self._length, float(m["ce_count"].sum()), self._frozen)
         self._data_seconds += data_seconds
         if step == self._first_step:
             self.restart_clock()

@@ -18,16 +18,16 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from llada_jax import buckets, mirror
-from llada_jax.config import RunConfig, check_config
+from llada_jax.config import Lora, RunConfig, check_config
 from llada_jax.data import KINDS, dataset, pipeline, prepare, sources
 from llada_jax.data.tokenizer import Tokenizer, load_tokenizer
 from llada_jax.data.train_tokenizer import train_tokenizer
 from llada_jax.fields import InputError, RunFailed
-from llada_jax.interop import hf
+from llada_jax.interop import hf, peft
 from llada_jax.mirror import Workdir
 from llada_jax.model.attention import kernel_for
 from llada_jax.model.config import ModelConfig
-from llada_jax.model.transformer import parameter_count
+from llada_jax.model.transformer import parameter_count, with_config
 from llada_jax.objectives import OBJECTIVES
 from llada_jax.objectives.elbo import Batch
 from llada_jax.parallel import chips, processes
@@ -39,7 +39,7 @@ from llada_jax.training.check import check, fit_to_tokenizer, phases
 from llada_jax.training.loop import Loop, evaluator, sampler
 from llada_jax.training.metrics import Reporter
 from llada_jax.training.monitor import Events, Goodput, Watchdog
-from llada_jax.training.step import TrainState, init_state, make_train_step
+from llada_jax.training.step import TrainState, adapted_state, init_state, make_train_step
 
 Stored = dict[str, Any] | None  # the config of the run that a workdir holds
 
@@ -73,6 +73,8 @@ def _train(
     stored = processes.on_first_process(lambda: workdirs.begun(home, config))
     with processes.all_or_none():
         check(config, jax.device_count(), stored)
+        if config.lora.rank and not config.train.init_from:
+            raise InputError("config.lora.rank trains adapters of a model; name it with --config.train.init_from=DIR")
         kernel_for(config.model.attention_kernel, platform(), config.model.dtype)
         mesh = make_mesh(dict(config.mesh))
     with jax.set_mesh(mesh), _taken(home, signals) as lease:
@@ -164,6 +166,8 @@ def _set_up(
         was_begun = stored is None and processes.on_first_process(lambda: workdirs.reserve(workdir, config))
         tokenizer, rows, validation = open_data(config, home, resumed=stored is not None, replaces=was_begun)
         model = fit_to_tokenizer(config, tokenizer, stored)
+        if config.lora.rank:
+            config.lora.fingerprint = peft.fingerprint(mirror.copied(config.train.init_from))
         require_divides(model, mesh, config.data.row_length)
         datasets = [source.path for source in (*rows.sources, *filter(None, [validation]))]
 
@@ -192,9 +196,12 @@ def _set_up(
             tokens_per_byte=_tokens_per_byte(rows), schedule=optimizer.make_schedule(
                 config.optimizer.schedule, **phases(config)
             ), total_steps=config.train.steps, first_step=first, log_every=config.train.log_every, title=title,
-            notes=notes, goodput=clock, events=events,
+            notes=notes, goodput=clock, events=events, frozen=config.lora.rank > 0,
         )  # fmt: skip
     reporter.say(_opening(model, mesh, home, first, config.train.steps, title))
+    if config.lora.rank:
+        count = sum(x.size for x in jax.tree.leaves(state.trainable))
+        reporter.say(f"trains {count:,} parameters of adapters; the base is {config.lora.base}, and frozen")
     for line in refused:
         reporter.say(line)
     offset = int(state.guard.offset)
@@ -238,6 +245,8 @@ def training_step(config: RunConfig, mesh):
 
 def _start(config: RunConfig, model: ModelConfig, optax_optimizer, saver, mesh, options, clock):
     """State and notes of the newest checkpoint; else a fresh state, with the weights of `init_from` if that is set."""
+    if config.lora.rank:
+        return _start_adapters(config, model, optax_optimizer, saver, mesh, clock)
     clock.enter("restore")
     restored = saver.restore(_abstract_state(model, optax_optimizer, mesh))
     clock.enter("start")
@@ -249,6 +258,22 @@ def _start(config: RunConfig, model: ModelConfig, optax_optimizer, saver, mesh, 
         weights = jax.tree.leaves(hf.load(config.train.init_from, "float32", mesh))
         state.trainable = jax.tree.unflatten(jax.tree.structure(state.trainable), weights)
     return state, {}
+
+
+def _start_adapters(config: RunConfig, model: ModelConfig, optax_optimizer, saver, mesh, clock):
+    """`_start` where adapters are trained: checkpoints hold them alone, and the base is loaded every time."""
+    c = Lora(**config.lora)
+    quantize = "int8" if c.base == "int8" else None
+    dtype = "float32" if c.base == "float32" else "bfloat16"
+    base = with_config(hf.load(config.train.init_from, dtype, mesh, quantize=quantize), model)
+    state = adapted_state(base, c, optax_optimizer, stream(config.train.seed, "init"))
+    frozen, state.frozen = state.frozen, None
+    clock.enter("restore")
+    restored = saver.restore(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state))
+    clock.enter("start")
+    state, notes = restored or (state, {})
+    state.frozen = frozen
+    return state, notes
 
 
 def _abstract_state(model: ModelConfig, optax_optimizer, mesh) -> TrainState:

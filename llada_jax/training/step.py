@@ -13,12 +13,16 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec as P
 
+from llada_jax.config import Lora
+from llada_jax.model import lora
 from llada_jax.model.config import ModelConfig
 from llada_jax.model.transformer import Transformer
 from llada_jax.objectives.elbo import Batch, NoisyBatch, Objective, row_elbos, weighted_loss
 from llada_jax.parallel.mesh import BATCH, current_mesh
 from llada_jax.training import stability
 from llada_jax.training.optimizer import keep
+
+_DROPOUT = 0xD209  # folded into the key of a step, from which `corrupt` draws its masks
 
 
 @jax.tree_util.register_dataclass
@@ -63,6 +67,15 @@ def init_state(config: ModelConfig, optimizer: optax.GradientTransformation, key
     return TrainState(jnp.zeros((), jnp.int32), model, None, optimizer.init(model), stability.fresh_state())
 
 
+def adapted_state(base: Transformer, c: Lora, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
+    """A fresh state in which adapters of `base` are all that is trained; see model/lora.py. Nothing of it is copied."""
+    made = jax.jit(lambda key: lora.adapters_of(lora.attach(base, c, key)))(key)
+    trainable, frozen = split(lora.with_adapters(base, made), lora.is_trainable)
+    rest = jax.jit(lambda x: (jnp.zeros((), jnp.int32), optimizer.init(x), stability.fresh_state()))
+    step, opt_state, guard = rest(trainable)
+    return TrainState(step, trainable, frozen, opt_state, guard)
+
+
 def make_train_step(
     optimizer: optax.GradientTransformationExtraArgs, objective: Objective, objective_config, *, microbatches: int = 1,
     spike_sigma: float = 0.0, rollback_after: int = 0, compiler_options: dict | None = None,
@@ -84,10 +97,10 @@ def make_train_step(
         extras, noisy = noisy.extras, dataclasses.replace(noisy, extras={})
         combined = None
         if objective.combine is not None:
-            elbos_B = _over_microbatches(row_elbos, state.model, noisy, microbatches)
+            elbos_B = _over_microbatches(row_elbos, state.model, noisy, microbatches, key)
             combined, slope_B = jax.value_and_grad(objective.combine, has_aux=True)(elbos_B, extras)
             noisy = dataclasses.replace(noisy, weights=-slope_B[:, None] * noisy.weights)
-        (loss, sums), grads = _gradients(state.trainable, state.frozen, noisy, microbatches)
+        (loss, sums), grads = _gradients(state.trainable, state.frozen, noisy, microbatches, key)
         if combined is not None:
             loss, sums = combined[0], sums | combined[1]
         norm = optax.tree.norm(grads)
@@ -130,31 +143,37 @@ def make_eval_step(
     return jax.jit(eval_step, compiler_options=compiler_options)
 
 
-def _gradients(trainable, frozen, noisy: NoisyBatch, microbatches: int):
+def _gradients(trainable, frozen, noisy: NoisyBatch, microbatches: int, key: jax.Array):
     """((loss, sums), gradients) of the weighted loss in `trainable`, accumulated over the microbatches."""
 
-    def loss_of(trainable, part):
-        return weighted_loss(merge(trainable, frozen), part)
+    def loss_of(trainable, part, i):
+        return weighted_loss(_dropping(merge(trainable, frozen), key, i), part)
 
     value_and_grad = jax.value_and_grad(loss_of, has_aux=True)
     if microbatches == 1:
-        return value_and_grad(trainable, noisy)
+        return value_and_grad(trainable, noisy, 0)
 
     def accumulate(total, part):
-        return jax.tree.map(jnp.add, total, value_and_grad(trainable, part)), None
+        return jax.tree.map(jnp.add, total, value_and_grad(trainable, *part)), None
 
-    parts = jax.tree.map(functools.partial(_microbatches, count=microbatches), noisy)
-    scalars, _ = jax.eval_shape(value_and_grad, trainable, jax.tree.map(lambda x: x[0], parts))
+    parts = jax.tree.map(functools.partial(_microbatches, count=microbatches), noisy), jnp.arange(microbatches)
+    scalars, _ = jax.eval_shape(value_and_grad, trainable, *jax.tree.map(lambda x: x[0], parts))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), scalars), jax.tree.map(jnp.zeros_like, trainable)
     return jax.lax.scan(accumulate, zeros, parts)[0]
 
 
-def _over_microbatches(function, model, noisy: NoisyBatch, microbatches: int) -> jax.Array:
-    """function(model, rows) -> [rows], for a microbatch at a time; [B] in the order of the batch."""
+def _dropping(model: Transformer, key: jax.Array, microbatch) -> Transformer:
+    """The model with the dropout of a microbatch, the same in every pass over it; `key` is that of the step."""
+    return lora.dropping(model, jax.random.fold_in(jax.random.fold_in(key, _DROPOUT), microbatch))
+
+
+def _over_microbatches(function, model, noisy: NoisyBatch, microbatches: int, key: jax.Array | None = None):
+    """function(model, rows) -> [rows], for a microbatch at a time; [B] in the order of the batch. key: for dropout."""
+    of_part = lambda part, i: function(model if key is None else _dropping(model, key, i), part)
     if microbatches == 1:
-        return function(model, noisy)
+        return of_part(noisy, 0)
     parts = jax.tree.map(functools.partial(_microbatches, count=microbatches), noisy)
-    found_AB = jax.lax.map(lambda part: function(model, part), parts)
+    found_AB = jax.lax.map(lambda part: of_part(*part), (parts, jnp.arange(microbatches)))
     return jnp.reshape(jnp.swapaxes(found_AB, 0, 1), -1, out_sharding=_rows_spec())
 
 

@@ -124,6 +124,15 @@ def test_an_answer_is_what_the_template_puts_there(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", ["model", "json"])
+def test_the_text_of_a_dialogue_has_its_ids(tmp_path, kind):
+    tokenizer = load_tokenizer(GOLDEN / "tokenizer") if kind == "json" else train(tmp_path)
+    messages = [{"role": role, "content": f"{role}: a\n\nb"} for role in ("system", "user", "assistant", "user")]
+    text = tokenizer.chat_text(messages)
+    assert tokenizer.encode_marked(text) == tokenizer.encode_chat(messages)
+    assert tokenizer.decode(tokenizer.encode_marked(text), keep_special=True) == text
+
+
+@pytest.mark.parametrize("kind", ["model", "json"])
 def test_saved_and_pickled_tokenizers_are_the_same(tmp_path, kind):
     tokenizer = load_tokenizer(GOLDEN / "tokenizer") if kind == "json" else train(tmp_path)
     tokenizer.save(tmp_path / "copy")

@@ -60,18 +60,19 @@ def causal(tokenizer):
     return Transformer(c, jax.random.key(0))
 
 
-def test_continuations_are_greedy_and_do_not_depend_on_their_neighbours(causal, tokenizer):
-    prompts = [[tokenizer.bos_id, *tokenizer.encode(text)] for text in ("床前", "白日依")]
-    together = reversal.continue_ids(causal, tokenizer, prompts, 4)
-    for prompt, text in zip(prompts, together, strict=True):
-        row = list(prompt)
-        for _ in range(4):
-            logits = np.array(causal(jnp.asarray([row]))[0, -1])
-            logits[tokenizer.mask_id] = -np.inf
-            row.append(int(logits.argmax()))
-        new = row[len(prompt) :]
-        stop = min([new.index(t) for t in (tokenizer.eos_id, tokenizer.eot_id) if t in new], default=4)
-        assert text == tokenizer.decode(new[:stop])
+def test_ties_and_nan_never_count_as_right():
+    nan, inf = float("nan"), float("inf")
+    right = [[-1, -2, -3], [-1, -2, -inf]]
+    wrong = [
+        [-2, -1, -3],
+        [-1, -1, -3],
+        [nan, -2, -3],
+        [-1, nan, -3],
+        [nan, nan, nan],
+        [inf, -1, -2],
+        [-inf, -inf, -inf],
+    ]
+    assert reversal._first_is_best(np.asarray(right + wrong, float)).tolist() == [True] * 2 + [False] * 7
 
 
 def test_ranking_is_by_the_likelihood_of_the_whole_text(causal, tokenizer):

@@ -10,14 +10,15 @@ import plain
 import pytest
 from ml_collections import ConfigDict
 
-from llada_jax.config import run_config
+from llada_jax.config import Lora, run_config
+from llada_jax.model import lora
 from llada_jax.model.transformer import Transformer
 from llada_jax.objectives import OBJECTIVES, diffusion
 from llada_jax.objectives.cross_entropy import chunk_size
 from llada_jax.objectives.elbo import Objective
 from llada_jax.parallel.mesh import global_batch, make_mesh
 from llada_jax.training import optimizer, stability
-from llada_jax.training.step import TrainState, init_state, make_eval_step, make_train_step, merge, split
+from llada_jax.training.step import TrainState, adapted_state, init_state, make_eval_step, make_train_step, merge, split
 
 CONFIG = ConfigDict(dict(eps=1e-3, stratified=True, attention="padding"))
 BETA = 0.3
@@ -112,13 +113,15 @@ def test_validation_reports_the_combined_loss(tiny, wanted):
 WIDE = dict(d_model=128, mlp_hidden_size=512, n_layers=4, n_heads=2, n_kv_heads=2, max_sequence_length=256)
 
 
-def compiled(config, objective, batch, is_trainable=None):
+def compiled(config, objective, batch, is_trainable=None, adapters=None):
     """The step as compiled, its FLOPs and the bytes of its temporaries."""
     settings = run_config("tiny").optimizer
     settings.schedule = (("constant", 1e-3, "100%"),)
     update = optimizer.make_optimizer(settings, total_steps=10, tokens_per_step=1)
 
     def init(key):
+        if adapters is not None:
+            return adapted_state(lora.frozen_base(Transformer(config, key), adapters.base), adapters, update, key)
         if is_trainable is None:
             return init_state(config, update, key)
         trainable, frozen = split(Transformer(config, key), is_trainable)
@@ -156,6 +159,20 @@ def test_frozen_parameters_have_neither_gradients_nor_moments_nor_their_flops(ti
         not np.array_equal(a, b) for a, b in zip(before, jax.tree.leaves((after.trainable, after.frozen)), strict=True)
     ]
     assert changed == [True] * 3 + [False] * 9
+
+
+@pytest.mark.parametrize("base", ["bfloat16", "int8"])
+def test_adapters_cost_four_flops_a_frozen_weight_and_six_of_their_own(tiny, base):
+    """And what the adapters hold is all that has moments."""
+    config = dataclasses.replace(tiny, **WIDE, remat="none")
+    batch = jax.tree.map(jnp.asarray, make_batch(rows=8, length=256))
+    rank = 4
+    _, _, all_flops, _ = compiled(config, OBJECTIVES["pretrain"], batch)
+    _, state, flops, _ = compiled(config, OBJECTIVES["pretrain"], batch, adapters=Lora(rank=rank, base=base))
+    weights = 4 * (4 * 128 * 128 + 3 * 128 * 512)
+    own = 4 * rank * (4 * (128 + 128) + 3 * (128 + 512))
+    assert optax.tree.size(state.trainable) == own and optax.tree.size(state.opt_state) == 2 * own + 2
+    assert (all_flops - flops + 6 * own * 8 * 256) / (weights * 8 * 256) == pytest.approx(2, rel=0.06)
 
 
 def test_a_frozen_head_costs_no_gradient(tiny):

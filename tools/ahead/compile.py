@@ -16,15 +16,17 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from llada_jax.config import RunConfig
+from llada_jax.config import Lora, RunConfig
 from llada_jax.fields import InputError
+from llada_jax.model import lora
 from llada_jax.model.config import ModelConfig, model_config
+from llada_jax.model.transformer import Transformer
 from llada_jax.parallel.chips import GIB
 from llada_jax.parallel.mesh import make_mesh, require_divides, rows_sharding
 from llada_jax.tools.ahead import hlo
 from llada_jax.tools.ahead.slices import Slice, absent_devices
 from llada_jax.training import run as train
-from llada_jax.training.step import init_state
+from llada_jax.training.step import adapted_state, init_state
 
 
 @dataclasses.dataclass
@@ -124,7 +126,11 @@ def abstract_arguments(config: RunConfig, model: ModelConfig, optax_optimizer, m
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
 
     key = on_mesh(jax.eval_shape(lambda: jax.random.key(0)))
-    state = jax.tree.map(on_mesh, jax.eval_shape(lambda k: init_state(model, optax_optimizer, k), key))
+    make = lambda k: init_state(model, optax_optimizer, k)
+    if config.lora.rank:
+        c = Lora(**config.lora)
+        make = lambda k: adapted_state(lora.frozen_base(Transformer(model, k), c.base), c, optax_optimizer, k)
+    state = jax.tree.map(on_mesh, jax.eval_shape(make, key))
     rows = config.train.batch_size, config.data.row_length
     fields = dict(
         tokens=(2, jnp.int32), segment_ids=(2, jnp.int32), maskable=(2, jnp.bool_), answer_length=(1, jnp.int32)

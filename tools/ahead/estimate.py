@@ -45,7 +45,7 @@ def report(compiled: Compiled) -> dict[str, Any]:
     masks = expected_chunks(compiled)
     cost = play(compiled, masks["slowest"])
     scored = masks["share"] * c.train.batch_size * c.data.row_length
-    flops = metrics.flops_per_step(compiled.model, c.train.batch_size, c.data.row_length, scored)
+    flops = metrics.flops_per_step(compiled.model, c.train.batch_size, c.data.row_length, scored, c.lora.rank > 0)
     peak = chips * chip.flops
     tokens = c.train.batch_size * c.data.row_length
     ici = sum(t.ici_seconds * n for t, n in cost.transfers.items())

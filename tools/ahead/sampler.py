@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from llada_jax.model import lora
 from llada_jax.model.config import PRESETS, ModelConfig
 from llada_jax.model.masks import Mask
 from llada_jax.model.transformer import Transformer, parameter_count
@@ -38,8 +39,11 @@ class Job:
     tokens_per_pass: float = 1.0
 
 
-def compile_sampler(preset: str, topology: Slice, job: Job) -> dict[str, Any]:
-    """All that is known of it, in plain types. The weights are bfloat16, split over `tensor` as far as heads allow."""
+def compile_sampler(preset: str, topology: Slice, job: Job, weights_as: str = "bfloat16") -> dict[str, Any]:
+    """All that is known of it, in plain types. The weights are split over `tensor` as far as heads allow.
+
+    weights_as: "bfloat16", or "int8" for those of the blocks.
+    """
     model = dataclasses.replace(PRESETS[preset], dtype="bfloat16", remat="none")
     devices = absent_devices(topology)
     tensor = next(n for n in (8, 4, 2, 1) if len(devices) % n == 0 and model.n_kv_heads % n == 0)
@@ -48,7 +52,7 @@ def compile_sampler(preset: str, topology: Slice, job: Job) -> dict[str, Any]:
     rows = job.rows * mesh.shape["data"]
     start = time.perf_counter()
     with jax.set_mesh(mesh):
-        weights = _weights(model, mesh)
+        weights = _weights(model, mesh, weights_as)
         caches = {name: _whole_program(weights, model, mesh, rows, job, name) for name in ("none", "two_block")}
         seconds = {
             name: _pass_seconds(program, arguments, mesh, topology, model, rows, job)
@@ -64,7 +68,7 @@ def compile_sampler(preset: str, topology: Slice, job: Job) -> dict[str, Any]:
     return {
         "model": preset, "topology": str(topology), "mesh": {axis: int(size) for axis, size in mesh.shape.items()},
         "parameters": parameter_count(model), "rows": rows, "columns": job.prompt_length + job.gen_length,
-        "block_length": job.block_length, "capacity_bytes": int(topology.chip.memory),
+        "block_length": job.block_length, "weights": weights_as, "capacity_bytes": int(topology.chip.memory),
         "bytes_per_device": caches, "seconds_per_full_pass": seconds["full"],
         "seconds_per_window_pass": seconds["window"],
         "tokens_per_second_per_chip": {
@@ -78,8 +82,8 @@ def describe(found: dict[str, Any]) -> str:
     """What tools/compile_ahead.py --sampler prints."""
     mesh = " ".join(f"{axis}={size}" for axis, size in found["mesh"].items() if size > 1) or "one device"
     lines = [
-        f"{found['model']} on {found['topology']}, {mesh}; bfloat16; {found['rows']} rows of {found['columns']} "
-        f"columns, blocks of {found['block_length']}",
+        f"{found['model']} on {found['topology']}, {mesh}; {found['weights']}; {found['rows']} rows of "
+        f"{found['columns']} columns, blocks of {found['block_length']}",
         f"a full pass {1e3 * found['seconds_per_full_pass']:.2g} ms, a window pass "
         f"{1e3 * found['seconds_per_window_pass']:.2g} ms (estimates)",
     ]
@@ -93,13 +97,12 @@ def describe(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _weights(model: ModelConfig, mesh) -> Any:
-    """Those of a model that was loaded in bfloat16, as shapes and shardings."""
-    like = jax.eval_shape(lambda: Transformer(model, jax.random.key(0)))
-    half = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16, sharding=NamedSharding(mesh, x.sharding.spec)), like
+def _weights(model: ModelConfig, mesh, weights_as: str) -> Any:
+    """Those of a model that was loaded so, as shapes and shardings."""
+    like = jax.eval_shape(lambda: lora.frozen_base(Transformer(model, jax.random.key(0)), weights_as))
+    return jax.tree.map(
+        lambda x: _on(mesh, x), jax.eval_shape(cache.prepare, jax.tree.map(lambda x: _on(mesh, x), like))
     )
-    return jax.tree.map(lambda x: _on(mesh, x), jax.eval_shape(cache.prepare, half))
 
 
 def _on(mesh, x, *axes) -> Any:
