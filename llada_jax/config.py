@@ -36,6 +36,7 @@ class Data:
     split_fraction: float = number(0.0, 0, 1, "rows cut in two that do not see each other; iLLaDA: 0.3")
     on_damage: str = choice("stop", ("stop", "skip"), "at a row that cannot be read; skip: another takes its place")
     threads: int = integer(4, 1, 1024, "that read rows")
+    cache_dir: str = text("", "for copies of what lies in buckets; empty: llada_jax in the user's cache directory")
 
 
 @dataclasses.dataclass

@@ -1,10 +1,11 @@
 """Files: those of others read within bounds, checksums of a checkpoint, files and directories that appear at once.
 
-Nothing here runs what it reads.
+Nothing here runs what it reads. A path may lie in a bucket (buckets.path_of) where that is said.
 """
 
 import contextlib
 import errno
+import fnmatch
 import glob
 import hashlib
 import itertools
@@ -15,12 +16,14 @@ import shutil
 import signal
 import socket
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from llada_jax import buckets
 from llada_jax.fields import InputError
 
 LARGEST_JSON = 2**26  # bytes; parsing takes some twenty times as much memory at worst
@@ -49,7 +52,12 @@ def require_files(directory: Path) -> None:
 
 
 def read_bytes(path: Path, most_bytes: int) -> bytes:
-    """A file as a whole. Raises InputError if it is no regular file, larger than that or cannot be read."""
+    """A file as a whole, also of a bucket. Raises InputError if it is no regular file, too large or cannot be read."""
+    if buckets.is_bucket(path):
+        try:
+            return buckets.read(path)
+        except FileNotFoundError as error:
+            raise InputError(f"{path}: no such object in the bucket; copy it again") from error
     require_file(path, most_bytes)
     try:
         return path.read_bytes()
@@ -114,27 +122,32 @@ def inside(directory: Path, name: object, where: str) -> Path:
     return path
 
 
+_LAST = ("manifest.json", "config.json")  # of a directory in a bucket: without them it is none
+
 COMMIT = "commit_success.txt"  # Orbax's: the last file that it writes into a checkpoint
 
-_CHECKSUMS = "checksums{}.json"  # of the files that one process wrote: {file: [bytes, SHA-256]}; "" is the first
+CHECKSUMS = "checksums.json"  # of the files that the first process wrote: {file: [bytes, SHA-256]}
+_SIDECARS = "checksums*.json"  # those of process N are in checksums.N.json
 _MARKERS = ("checksums", COMMIT, "damaged.txt")  # how the names begin of files that have no checksum
 _THREADS = 8  # hashing lets other threads run
 
 
 def write_checksums(directory: Path, process: int = 0) -> None:
-    """Hashes what one process wrote of a checkpoint, and sees to it that it is on the disk.
+    """Hashes what one process wrote of a checkpoint, also in a bucket, and sees to it that it is on the disk.
 
     Orbax names a process' own files "…process_N"; the first process hashes all that is not another's.
     """
     names = [name for name in _names(directory) if _writer(name) == process]
     with ThreadPoolExecutor(_THREADS) as pool:
         facts = list(pool.map(lambda name: _facts(directory / name), names))
-    place = directory / _CHECKSUMS.format(f".{process}" if process else "")
+    place = directory / (f"checksums.{process}.json" if process else CHECKSUMS)
     write_atomic(place, json.dumps(dict(zip(names, facts, strict=True)), indent=0))
 
 
 def damage(directory: Path, share: int = 0, shares: int = 1, *, only: Callable[[str], bool] = lambda name: True) -> str:
     """The first file that is not as its checksum says, and how; "" if none is, or if there are no checksums.
+
+    Of a directory of this machine or of a bucket.
 
     Looks at every shares-th file, from number `share` on: processes divide the reading among themselves. only: which
     files, by their names relative to the directory.
@@ -155,7 +168,7 @@ def checksums(directory: Path) -> dict[str, list]:
     Raises InputError where such a file is not what `write_checksums` writes.
     """
     expected: dict[str, Any] = {}
-    for place in sorted(directory.glob(_CHECKSUMS.format("*"))):
+    for place in _sidecars(directory):
         try:
             expected |= read_json(place)
         except InputError:
@@ -168,10 +181,29 @@ def checksums(directory: Path) -> dict[str, list]:
     return expected
 
 
+def _sidecars(directory: Path) -> list[Path]:
+    if buckets.is_bucket(directory):
+        names = sorted(buckets.files_below(directory))
+        return [directory / name for name in names if fnmatch.fnmatch(name, _SIDECARS) and "/" not in name]
+    return sorted(directory.glob(_SIDECARS))
+
+
 def _names(directory: Path) -> list[str]:
     """The files below a checkpoint that have checksums, relative to it."""
-    files = (path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
+    if buckets.is_bucket(directory):
+        files = buckets.files_below(directory)
+    else:
+        files = _files(directory)
     return sorted(name for name in files if not name.startswith(_MARKERS))
+
+
+def _files(directory: Path) -> list[str]:
+    return [path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()]
+
+
+def in_order(directory: Path) -> list[str]:
+    """The files below a directory, in the order in which they go to a bucket: first what others do not look for."""
+    return sorted(_files(directory), key=lambda name: (os.path.basename(name) in _LAST, name))
 
 
 def _writer(name: str) -> int:
@@ -181,6 +213,8 @@ def _writer(name: str) -> int:
 
 
 def _leads_inside(directory: Path, name: str) -> bool:
+    if buckets.is_bucket(directory):
+        return buckets.leads_inside(name)
     try:
         return (directory / name).resolve().is_relative_to(directory.resolve())
     except (OSError, ValueError, RuntimeError):  # too long; NUL or a lone surrogate; a loop of links
@@ -188,6 +222,8 @@ def _leads_inside(directory: Path, name: str) -> bool:
 
 
 def _facts(path: Path) -> list:
+    if buckets.is_bucket(path):
+        return buckets.hash_object(path)
     require_file(path)
     with path.open("rb") as file:
         os.fsync(file.fileno())
@@ -197,8 +233,10 @@ def _facts(path: Path) -> list:
 def _difference(directory: Path, name: str, expected: list) -> str:
     try:
         found = _facts(directory / name)
+    except FileNotFoundError:
+        return f"{name}: no such file"
     except InputError:
-        return f"{name}: no such file" if not (directory / name).exists() else f"{name}: not a file"
+        return f"{name}: no such file" if not os.path.exists(directory / name) else f"{name}: not a file"
     except OSError as error:
         return f"{name}: {(error.strerror or 'cannot be read').lower()}"
     if found == expected:
@@ -209,7 +247,13 @@ def _difference(directory: Path, name: str, expected: list) -> str:
 
 
 def write_atomic(path: Path, data: str | bytes) -> None:
-    """Replaces a file at once: whoever reads it, after a kill or a power cut too, finds the old content or the new."""
+    """Replaces a file at once: whoever reads it, after a kill or a power cut too, finds the old content or the new.
+
+    Also in a bucket.
+    """
+    if buckets.is_bucket(path):
+        buckets.write(path, data.encode() if isinstance(data, str) else data)
+        return
     temporary = path.with_name(f"{path.name}.tmp")
     with temporary.open("wb") as file:
         file.write(data.encode() if isinstance(data, str) else data)
@@ -222,8 +266,15 @@ def write_atomic(path: Path, data: str | bytes) -> None:
 def atomic_directory(output: Path) -> Iterator[Path]:
     """A temporary sibling of `output` that takes its place at the end and vanishes on any failure.
 
-    So do parents that were made for it. Raises InputError if the place cannot be written or is full.
+    So do parents that were made for it. For a place in a bucket it is a directory of this machine, whose files are
+    brought there at the end. Raises InputError if the place cannot be written or is full.
     """
+    if buckets.is_bucket(output):
+        with temporary_directory() as directory:
+            yield directory
+            for name in in_order(directory):
+                buckets.upload(directory / name, output / name)
+        return
     with _sigterm_raises(), _parents(output):
         directory = _make_sibling(output)
         try:
@@ -240,6 +291,29 @@ def atomic_directory(output: Path) -> Iterator[Path]:
             raise
         finally:
             shutil.rmtree(directory, ignore_errors=True)
+
+
+def cache_directory(given: str = "") -> Path:
+    """Where copies of what lies in buckets are kept: the place given, or llada_jax in the user's cache directory."""
+    base = Path(given or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "llada_jax")).expanduser()
+    try:
+        base.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{base}: cannot be made ({error.strerror}); choose another config.data.cache_dir") from error
+    return base
+
+
+@contextlib.contextmanager
+def temporary_directory(cache: str = "") -> Iterator[Path]:
+    """A new directory in `cache_directory`, gone at the end; those that killed processes left go, too."""
+    own = _make_sibling(cache_directory(cache) / "run", exist_ok=True)
+    directory = Path(tempfile.mkdtemp(dir=own))
+    try:
+        yield directory
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+        with contextlib.suppress(OSError):  # another is in it
+            own.rmdir()
 
 
 def write_file(output: Path, data: bytes) -> None:
@@ -284,7 +358,7 @@ def _parents(output: Path) -> Iterator[None]:
                 parent.rmdir()
 
 
-def _make_sibling(output: Path) -> Path:
+def _make_sibling(output: Path, exist_ok: bool = False) -> Path:
     """A directory beside `output`, named for this process; what killed processes left there is removed."""
     owner = f".{output.name}.partial-{socket.gethostname()}-"
     try:
@@ -293,7 +367,7 @@ def _make_sibling(output: Path) -> Path:
             if not _is_alive(left.name.removeprefix(owner)):
                 shutil.rmtree(left, ignore_errors=True)
         directory = output.parent / f"{owner}{os.getpid()}"
-        directory.mkdir()
+        directory.mkdir(exist_ok=exist_ok)
     except (OSError, ValueError) as error:  # ValueError: a name with a NUL
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{output}: cannot be written ({reason}); choose another place") from error

@@ -22,6 +22,7 @@ from absl import flags
 from tqdm import tqdm
 
 from llada_jax import cli
+from llada_jax.buckets import path_of
 from llada_jax.data.tokenizer import Tokenizer, load_tokenizer
 from llada_jax.fields import InputError
 from llada_jax.interop import hf
@@ -77,7 +78,7 @@ def _open() -> tuple[Path, Tokenizer, bool]:
         raise InputError("--output goes with --input")
     if _GEN_LENGTH.value is not None and _GEN_LENGTH.value < 0:
         raise InputError(f"--gen_length={_GEN_LENGTH.value} is negative")
-    workdir = Path(_CHECKPOINT.value)
+    workdir = path_of(_CHECKPOINT.value)
     config = load_config(workdir)
     objective = config.get("objective", {}).get("name")  # a published model tells of none, also when converted
     if objective == "autoregressive":

@@ -18,7 +18,9 @@ from llada_jax.parallel import join
 from llada_jax.training import preemption
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The run config: a name or a file.", lock_config=True)
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, logs and the resolved config go.")
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Where checkpoints, logs and the config go: a directory, gs://… or s3://…"
+)
 _PRINT = flags.DEFINE_bool("print_config", False, "Print every field of the config with its meaning; train nothing.")
 _ALLOW = flags.DEFINE_bool("allow_config_change", False, "Continue a run with another config.optimizer.schedule.")
 

@@ -24,6 +24,7 @@ from llada_jax.data.train_tokenizer import train_tokenizer
 from llada_jax.fields import InputError
 from llada_jax.files import CHECKSUMS, write_checksums
 from llada_jax.interop.workdir import abstract_model, frugal, named_leaves
+from llada_jax.mirror import Workdir
 from llada_jax.model.config import PRESETS
 
 GOLDEN = Path(__file__).parent / "golden" / "tokenizer"
@@ -255,7 +256,7 @@ def read_run_config(root):
     abstract_model(model, None)
     config = run_config("tiny")
     config.model.update(dataclasses.asdict(model))
-    workdir.claim(root / "w", config, workdir.begun(root / "w", config))
+    workdir.claim(Workdir(root / "w"), config, workdir.begun(Workdir(root / "w"), config))
 
 
 def read_workdir(root):

@@ -25,6 +25,7 @@ from llada_jax.evaluation import likelihood, reversal
 from llada_jax.fields import InputError, RunFailed
 from llada_jax.interop import hf
 from llada_jax.interop.workdir import load_model
+from llada_jax.mirror import Workdir
 from llada_jax.objectives import OBJECTIVES
 from llada_jax.parallel import join, processes
 from llada_jax.parallel.mesh import AXES, global_batch, make_mesh, rows_of_process
@@ -92,7 +93,7 @@ def masks(config, workdir, steps):
     """Digests of the tokens and the masks of each step, put together from all processes."""
     config = ConfigDict(config)
     mesh = make_mesh(dict(config.mesh))
-    tokenizer, order, _ = train.open_data(config, Path(workdir))
+    tokenizer, order, _ = train.open_data(config, Workdir(Path(workdir)))
     model = train.fit_to_tokenizer(config, tokenizer)
     objective = OBJECTIVES[config.objective.name].corrupt
     key = stream(config.train.seed, "train")

@@ -261,6 +261,7 @@ def data() -> None:
 def checkpoint() -> None:
     """What the loop loses to one asynchronous save, as a share of 100 steps."""
     from llada_jax.training.checkpoint import Checkpointer
+    from llada_jax.training.monitor import Events
 
     c, rows, length = shape()
     step = Step(c, rows, length)
@@ -270,7 +271,7 @@ def checkpoint() -> None:
         config = run_config()
         config.checkpoint.every_steps = 1
         config.checkpoint.keep = 1
-        saver = Checkpointer(directory, config)
+        saver = Checkpointer(directory, config, Events(directory))
         lost, plain, blocked = [], [], []
         for i in range(1, 6):
             start = time.perf_counter()

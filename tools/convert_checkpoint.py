@@ -26,10 +26,12 @@ from absl import flags
 from tqdm import tqdm
 
 from llada_jax import cli
+from llada_jax.buckets import path_of
 from llada_jax.fields import InputError
 from llada_jax.files import parse_json, read_json
 from llada_jax.interop import hf
 from llada_jax.interop.workdir import load_config, require_utf8
+from llada_jax.mirror import copied
 from llada_jax.model import lora
 from llada_jax.model.config import ModelConfig
 from llada_jax.model.transformer import Block, Transformer, rms_norm
@@ -73,7 +75,7 @@ def convert(
             del model
             found = probe(hf.load(made), tokens)
             report += f"; {compare(before, wanted, found)}"
-            sides = {"target": (made, found)} | ({} if adapter else {"source": (source, before)})
+            sides = {"target": (made, found)} | ({} if adapter else {"source": (copied(source), before)})
             report += f"; {compare_with_torch(tokens, sides)}"
     return report
 
@@ -172,7 +174,8 @@ def main(_argv: list[str]) -> None:
     jax.config.update("jax_platforms", "cpu")  # memory of the host; accelerators round float32 products
     sys.stdout.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]; paths of any bytes
     f = flags.FLAGS
-    print(convert(Path(f.source), Path(f.target), f.to, f.dtype, f.max_shard_size, f.verify, f.adapter, f.merge))
+    source, target = path_of(f.source), path_of(f.target)
+    print(convert(source, target, f.to, f.dtype, f.max_shard_size, f.verify, f.adapter, f.merge))
 
 
 if __name__ == "__main__":  # flags are defined here, so that other programs may import convert()

@@ -53,7 +53,8 @@ class Kill(NamedTuple):
 class Run:
     """One start of the training program, as some processes."""
 
-    def __init__(self, workdir: Path, processes: int, steps: int):
+    def __init__(self, workdir: Path, processes: int, steps: int, address: str = ""):
+        """workdir: of the run, or, if that is in the bucket of `address`, the name that its logs have."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -64,7 +65,7 @@ class Run:
             "JAX_COMPILATION_CACHE_DIR": str(workdir.parent / "cache"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
-        place = [f"--workdir={workdir}", f"--config.train.steps={steps}"]
+        place = [f"--workdir={address or workdir}", f"--config.train.steps={steps}"]
         command = [sys.executable, "-m", "llada_jax.train", *RUN, *place]
         if processes > 1:
             command += [f"--coordinator=127.0.0.1:{port}", f"--num_processes={processes}"]

@@ -13,6 +13,7 @@ from typing import Any
 import grain
 import numpy as np
 
+from llada_jax.buckets import path_of
 from llada_jax.data import KINDS, packing
 from llada_jax.data.dataset import DamagedRow, RowSource
 from llada_jax.data.kind import Batch, Field, Place, Record
@@ -63,7 +64,7 @@ def parse_mixture(mixture: Sequence[Any]) -> list[tuple[Path, float]]:
                 f"config.data.mixture[{i}] is {str(entry)[:60]!r}, must be (directory, weight), the weight from "
                 f"{_LEAST_WEIGHT:g} to {_MOST_WEIGHT:g}"
             )
-        pairs.append((Path(check_unicode(entry[0], f"config.data.mixture[{i}]")), float(entry[1])))
+        pairs.append((path_of(check_unicode(entry[0], f"config.data.mixture[{i}]")), float(entry[1])))
     return pairs
 
 

@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
+from llada_jax import mirror
+from llada_jax.buckets import files_below, is_bucket, path_of, require_reachable
 from llada_jax.config import Lora
 from llada_jax.data.tokenizer import Tokenizer
 from llada_jax.fields import InputError, check_fields
@@ -45,6 +47,7 @@ def load(
 ) -> Transformer:  # fmt: skip
     """The model in a directory: a published checkpoint (config.json, .safetensors) or a workdir of a run.
 
+    A published checkpoint in a bucket is copied to this machine, once; checkpoints of runs are read where they are.
     Of a workdir, the newest checkpoint that is as its checksums say; published checkpoints have none. dtype: "float32"
     or "bfloat16", of parameters and of compute; None: parameters as stored, compute as the run did, or for a published
     checkpoint in bfloat16 if all of them are, else in float32. mesh: an explicit mesh over which the parameters are
@@ -54,20 +57,20 @@ def load(
     that is broken, a tensor that is missing or too many, a shape that contradicts config.json, and every option of
     config.json that this model cannot compute.
     """
-    directory = Path(path)
     if quantize not in (None, "int8"):
         raise InputError(f"quantize {quantize!r} is not None or 'int8'")
-    model = _load(directory, dtype, mesh, quantize, progress)
+    model = _load(path, dtype, mesh, quantize, progress)
     for place in (adapter,) if isinstance(adapter, str | Path) else adapter:
-        model = peft.load(model, Path(place), mesh, base=directory)
+        model = peft.load(model, mirror.copied(place), mesh, base=mirror.copied(path))
     return model
 
 
-def _load(directory: Path, dtype, mesh, quantize: str | None, progress: Progress) -> Transformer:
+def _load(path: str | Path, dtype, mesh, quantize: str | None, progress: Progress) -> Transformer:
+    directory = mirror.copied(path)
     if dtype is not None:
         dtype = _float_name(dtype)
     if _is_workdir(_read_json(directory)):
-        return _load_workdir(directory, dtype, mesh, quantize)
+        return _load_workdir(path_of(path), dtype, mesh, quantize)
     stored = files.read_directory(directory)
     config = load_config(directory, dtype or _compute_dtype(stored, directory))
     parts = parameters.assign(stored, config, directory)
@@ -88,7 +91,7 @@ def _load(directory: Path, dtype, mesh, quantize: str | None, progress: Progress
 
 def load_config(path: str | Path, dtype: str = "float32") -> ModelConfig:
     """The config of the model that `load` would make of this directory, computing in `dtype`; reads no tensor."""
-    directory = Path(path)
+    directory = mirror.copied(path)
     if _is_workdir(raw := _read_json(directory)):
         return dataclasses.replace(model_config(raw["model"]), dtype=dtype)
     text, where = hf_config.read_config_text(directory), str(directory / "config.json")
@@ -116,8 +119,9 @@ def save_adapter(model: Transformer, path: str | Path, *, base: str | Path | Non
 
 def tokenizer_directory(path: str | Path) -> Path:
     """Where the tokenizer lies: beside a published checkpoint, in tokenizer/ of a workdir."""
-    inner = Path(path) / "tokenizer"
-    return inner if os.path.isdir(inner) else Path(path)
+    directory = mirror.copied(path)
+    inner = directory / "tokenizer"
+    return inner if os.path.isdir(inner) else directory
 
 
 def is_instruct(path: str | Path) -> bool:
@@ -145,7 +149,7 @@ def save_hf(
     with processes.all_or_none():
         try:
             if processes.is_first():
-                with new_directory(Path(path)) as temporary:
+                with new_directory(path_of(path)) as temporary:
                     _write(temporary, plan, source_dir, progress)
                     export.write_companions(model.config, temporary, tokenizer, source_dir, Path(path).name)
         finally:
@@ -160,7 +164,7 @@ def save_workdir(model: Transformer, path: str | Path, *, source_dir: str | Path
     """
     if jax.process_count() > 1:
         raise InputError("a workdir is written by one process; convert the checkpoint on one host")
-    with new_directory(workdir.require_utf8(Path(path))) as temporary:
+    with new_directory(workdir.require_utf8(path_of(path))) as temporary:
         write_workdir(model, temporary, source_dir)
 
 
@@ -236,6 +240,13 @@ def copy_companions(source: str | Path, directory: Path) -> None:
 @contextlib.contextmanager
 def new_directory(path: Path) -> Iterator[Path]:
     """A temporary directory that becomes `path` at the end and vanishes on any failure; `path` may only be empty."""
+    if is_bucket(path):
+        require_reachable(path)
+        if files_below(path):
+            raise InputError(f"{path}: there is something already; choose another place")
+        with atomic_directory(path) as temporary:
+            yield temporary
+        return
     try:
         taken = path.exists() and not (path.is_dir() and not any(path.iterdir()))
     except OSError as error:
@@ -271,7 +282,7 @@ def _load_adapted(directory: Path, dtype: str | None, mesh, quantize: str | None
     """The adapters of a run's newest checkpoint on the base that its config names, which must be as it was."""
     raw, where = workdir.load_config(directory), directory / "config.json"
     check_fields(Lora, raw["lora"], f"{where}: config.lora")
-    c, base = Lora(**raw["lora"]), Path(str(raw.get("train", {}).get("init_from", "")))
+    c, base = Lora(**raw["lora"]), mirror.copied(str(raw.get("train", {}).get("init_from", "")))
     if not base.is_dir():
         raise InputError(f"{where}: config.train.init_from, the base of its adapters, is {base}, which is not there")
     if c.fingerprint != peft.fingerprint(base):

@@ -21,6 +21,7 @@ import jax
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
+from llada_jax import buckets
 from llada_jax.config import run_config
 from llada_jax.fields import InputError
 from llada_jax.files import COMMIT, damage, read_json, require_files, write_checksums
@@ -33,6 +34,10 @@ from llada_jax.parallel.mesh import require_divides, require_mesh
 
 def saved_steps(directory: Path) -> list[int]:
     """The steps of which there is a checkpoint in a directory that Orbax has completed, in no order."""
+    if buckets.is_bucket(directory):
+        files = buckets.files_below(directory)
+        names = [name for name in {file.partition("/")[0] for file in files} if name.isascii() and name.isdigit()]
+        return [int(name) for name in names if str(int(name)) == name and f"{name}/{COMMIT}" in files]
     if not os.path.isdir(directory):
         return []
     names = [path.name for path in directory.iterdir() if path.name.isascii() and path.name.isdigit()]
@@ -41,7 +46,8 @@ def saved_steps(directory: Path) -> list[int]:
 
 def place_of(workdir: str | Path, step: int | None = None) -> Path:
     """The directory of a checkpoint, by default the newest. Raises InputError if there is none."""
-    directory = require_utf8(Path(workdir).resolve()) / "checkpoints"
+    path = buckets.path_of(workdir)
+    directory = require_utf8(path if buckets.is_bucket(path) else path.resolve()) / "checkpoints"
     steps = sorted(saved_steps(directory))
     if not steps:
         raise InputError(f"{directory}: no complete checkpoint in it yet")
@@ -59,7 +65,7 @@ def load_model(path: str | Path, mesh=None, dtype: str | None = "float32") -> Tr
     the directory holds no checkpoint or only damaged ones.
     """
     config = model_config(load_config(path).get("model"))
-    if not os.path.isdir(Path(path) / "checkpoints"):
+    if not buckets.is_bucket(path) and not os.path.isdir(Path(path) / "checkpoints"):
         raise InputError(f"{path}: no checkpoints/ in it; give the --workdir of a training run")
     like = abstract_model(config, mesh)
     named = load_parameters(path, dict(named_leaves(like)), mesh, dtype)
@@ -122,12 +128,16 @@ def _damage(place: Path, share: int, shares: int) -> str:
 
     Without checksums only what no checkpoint can lack.
     """
-    if not os.path.isdir(place / "model"):
-        return "holds no model"
-    try:
-        require_files(place)
-    except InputError as error:
-        return str(error)
+    if buckets.is_bucket(place):
+        if not buckets.files_below(place / "model"):
+            return "holds no model"
+    else:
+        if not os.path.isdir(place / "model"):
+            return "holds no model"
+        try:
+            require_files(place)
+        except InputError as error:
+            return str(error)
     return damage(place, share, shares, only=lambda name: name.startswith("model/") or "/" not in name)
 
 
@@ -230,8 +240,8 @@ def concrete(like, mesh):
 
 def load_config(workdir: str | Path) -> dict:
     """The resolved config of a run."""
-    path = Path(workdir) / "config.json"
-    if not os.path.lexists(path):
+    path = buckets.path_of(workdir) / "config.json"
+    if not (buckets.exists(path) if buckets.is_bucket(path) else os.path.lexists(path)):
         raise InputError(f"{workdir}: no config.json in it; give the --workdir of a training run")
     config = read_json(path)
     for group in run_config():

@@ -5,6 +5,7 @@ first that is removed, so that no directory is ever renamed (a bucket has none).
 guard/ and the checksums that each process writes after the commit; the run's config is in Orbax's metadata.
 """
 
+import contextlib
 import dataclasses
 import shutil
 import sys
@@ -16,8 +17,9 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
+from llada_jax import buckets
 from llada_jax.config import RunConfig
-from llada_jax.fields import InputError
+from llada_jax.fields import InputError, RunFailed
 from llada_jax.files import COMMIT, checksums, damage, write_atomic, write_checksums
 from llada_jax.interop.workdir import frugal, named_leaves, root_cause, saved_steps
 from llada_jax.parallel import processes
@@ -43,12 +45,17 @@ class Checkpointer:
     """Saves in the background, keeps the newest few and every so many for good, restores the newest undamaged one."""
 
     def __init__(
-        self, workdir: str | Path, config: RunConfig, *, on_saved: Callable[[int], None] = lambda _: None
+        self, workdir: str | Path, config: RunConfig, events: Events, *,
+        on_saved: Callable[[int], None] = lambda _: None,
     ):  # fmt: skip
-        """on_saved: called in the background, on every process, with the step of each completed checkpoint."""
+        """workdir: of this machine, or in a bucket.
+
+        on_saved: called in the background, on every process, with the step of each completed checkpoint.
+        """
         self._config, self._options, self._on_saved = config.to_dict(), config.checkpoint, on_saved
-        self._directory = Path(workdir).resolve() / "checkpoints"
-        self._events = Events(workdir)
+        path = buckets.path_of(workdir)
+        self._directory = (path if buckets.is_bucket(path) else path.resolve()) / "checkpoints"
+        self._events = events
         self._orbax: ocp.training.Checkpointer | None = None
         self._saving: threading.Thread | None = None
         self._failure = ""  # of the last save
@@ -152,14 +159,15 @@ class Checkpointer:
             return
         try:
             write_checksums(self._place(step), jax.process_index())
-        except (OSError, InputError) as error:  # it is complete without them, and only less sure
+        except (OSError, InputError, RunFailed) as error:  # it is complete without them, and only less sure
             print(f"step {step}: its checksums could not be written ({error})", file=sys.stderr)
         self._on_saved(step)
 
     def _report_failure(self, step: int, error: Exception) -> None:
         self._failure = root_cause(error)
         if processes.is_first():
-            self._remove_incomplete()  # before anything else is written to what may be a full disk
+            with contextlib.suppress(InputError, RunFailed):  # the bucket is away; the next save removes it
+                self._remove_incomplete()  # before anything else is written to what may be a full disk
         action = "goes on with the checkpoints before; the next save tries again"
         self._tell("save failed", step, self._failure, action, own=not getattr(error, "shared", False))
 
@@ -169,12 +177,18 @@ class Checkpointer:
     def _set_aside(self, step: int, cause: str) -> None:
         place = self._place(step)
         write_atomic(place / _DAMAGED, f"{cause}\nTo use it again, copy it back whole, with its {COMMIT}.\n")
-        (place / COMMIT).unlink(missing_ok=True)
+        _remove(place / COMMIT)
         self._tell("checkpoint damaged", step, cause, f"set aside, see {_DAMAGED}; the one before is taken")
 
     def _remove_incomplete(self) -> None:
         """Removes what a kill or a full disk left of a save or of a removal; not what was set aside."""
-        if self._directory.is_dir():
+        if buckets.is_bucket(self._directory):
+            files = buckets.files_below(self._directory)
+            for name in {name.partition("/")[0] for name in files if "/" in name}:
+                is_step = name.isascii() and name.isdigit()
+                if is_step and f"{name}/{COMMIT}" not in files and f"{name}/{_DAMAGED}" not in files:
+                    buckets.remove_below(self._directory / name)
+        elif self._directory.is_dir():
             for place in self._directory.iterdir():
                 is_step = place.name.isascii() and place.name.isdigit() and place.is_dir()
                 if is_step and not (place / COMMIT).exists() and not (place / _DAMAGED).exists():
@@ -191,13 +205,20 @@ def discard_after(workdir: str | Path, step: int) -> int:
 
     For one process alone, while no Checkpointer is open.
     """
-    directory = Path(workdir) / "checkpoints"
+    directory = buckets.path_of(workdir) / "checkpoints"
     steps = sorted(saved_steps(directory))
     kept = [one for one in steps if one <= step] or steps[:1]
     for one in steps[len(kept) :]:
-        (directory / str(one) / COMMIT).unlink()  # first, so that none is ever taken half removed
-        shutil.rmtree(directory / str(one))
+        _remove(directory / str(one) / COMMIT)  # first, so that none is ever taken half removed
+        if buckets.is_bucket(directory):
+            buckets.remove_below(directory / str(one))
+        else:
+            shutil.rmtree(directory / str(one))
     return kept[-1] if kept else 0
+
+
+def _remove(path: Path) -> None:
+    buckets.remove(path) if buckets.is_bucket(path) else path.unlink(missing_ok=True)
 
 
 def _first(cause: str) -> str:
@@ -216,6 +237,8 @@ def _load(place: Path, like: TrainState) -> tuple[tuple[TrainState, dict[str, An
     except Exception as error:
         is_damage = isinstance(error, ValueError | KeyError | TypeError | FileNotFoundError)
         if not is_damage or any(word in str(error) for word in _NOT_DAMAGE) or checksums(place):
+            if buckets.is_bucket(place):
+                raise RunFailed(f"{place}: cannot be read now ({root_cause(error)}); start the run again") from error
             raise  # checksums that are right say that the files are whole
         return None, f"cannot be loaded ({root_cause(error)})"
     if "guard" not in loaded:

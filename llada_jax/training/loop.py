@@ -34,7 +34,10 @@ from llada_jax.training.step import TrainState, make_eval_step
 
 @dataclasses.dataclass
 class Loop:
-    """What a run does besides its steps. evaluate: model -> summed metrics of the validation rows; sample: -> text."""
+    """What a run does besides its steps. evaluate: model -> summed metrics of the validation rows; sample: -> text.
+
+    push: brings what was reported to the bucket that the workdir lies in.
+    """
 
     config: RunConfig
     saver: Checkpointer
@@ -42,6 +45,7 @@ class Loop:
     asked: preemption.Requests
     clock: Goodput
     events: Events
+    push: Callable[[], None]
     evaluate: Callable[[Any], dict] | None
     sample: Callable[[Any], str] | None
 
@@ -92,7 +96,7 @@ class Loop:
                     self.reporter.text(step, "sample", sample(state.model))
                 if saving:
                     clock.enter("save")
-                    self.saver.save(step, state, self.reporter.notes(), before=self.reporter.flush)
+                    self.saver.save(step, state, self.reporter.notes(), before=self._before_save)
                     self.asked.saved()
             if request > preemption.SAVE and step < fields.steps:
                 self.saver.finish()
@@ -102,6 +106,10 @@ class Loop:
         clock.enter("save")
         self.saver.finish()
         return last
+
+    def _before_save(self) -> None:
+        self.reporter.flush()
+        self.push()
 
     def _timed(self, batches: Iterator[Batch], first: int) -> Iterator[tuple[int, Batch, float]]:
         """(number of the step, its batch, seconds that the loop waited for it)."""

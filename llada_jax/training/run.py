@@ -17,12 +17,14 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from llada_jax import buckets, mirror
 from llada_jax.config import Lora, RunConfig, check_config
 from llada_jax.data import KINDS, dataset, pipeline, prepare, sources
 from llada_jax.data.tokenizer import Tokenizer, load_tokenizer
 from llada_jax.data.train_tokenizer import train_tokenizer
 from llada_jax.fields import InputError, RunFailed
 from llada_jax.interop import hf, peft
+from llada_jax.mirror import Workdir
 from llada_jax.model.attention import kernel_for
 from llada_jax.model.config import ModelConfig
 from llada_jax.model.transformer import parameter_count, with_config
@@ -48,50 +50,76 @@ def train(
 ) -> dict[str, float]:  # fmt: skip
     """Runs what `config` says in `workdir`, from its newest checkpoint if it has one; returns the last scalars.
 
+    A workdir may be gs://BUCKET/NAME or s3://BUCKET/NAME: see mirror.Workdir.
     A run that continues may have another learning rate with `allow_config_change`. signals: those of a program that
     listens already. Raises InputError for whatever a user can get wrong, found before the first step, RunFailed for
     what goes wrong later, and cli.Preempted after SIGTERM or Ctrl-C.
     """
-    begun = time.time()
-    if "://" in str(workdir):
-        raise InputError(f"--workdir={workdir}: mount the bucket, with gcsfuse say, and give the mounted directory")
-    workdir, config = Path(workdir), config.copy_and_resolve_references()
-    with processes.all_or_none():
-        check_config(config)
-        processes.agree("config or --workdir", [config.to_dict(), str(workdir)])
-        if workdir.exists() and not workdir.is_dir():
-            raise InputError(f"{workdir}: is a file; --workdir names a directory")
-    stored = processes.on_first_process(lambda: workdirs.begun(workdir, config))
+    begun, config = time.time(), config.copy_and_resolve_references()
+    with contextlib.ExitStack() as stack:
+        with processes.all_or_none():
+            check_config(config)
+            processes.agree("config or --workdir", [config.to_dict(), str(workdir)])
+            home = stack.enter_context(mirror.opened(workdir, config.data.cache_dir))
+            if not home.is_mirror and home.local.exists() and not home.local.is_dir():
+                raise InputError(f"{workdir}: is a file; --workdir names a directory")
+        return _train(config, home, begun, title, allow_config_change, signals or preemption.Signals())
+
+
+def _train(
+    config: RunConfig, home: Workdir, begun: float, title: str, allow_config_change: bool, signals: preemption.Signals
+) -> dict[str, float]:  # fmt: skip
+    processes.on_first_process(home.fetch)
+    stored = processes.on_first_process(lambda: workdirs.begun(home, config))
     with processes.all_or_none():
         check(config, jax.device_count(), stored)
         if config.lora.rank and not config.train.init_from:
             raise InputError("config.lora.rank trains adapters of a model; name it with --config.train.init_from=DIR")
         kernel_for(config.model.attention_kernel, platform(), config.model.dtype)
         mesh = make_mesh(dict(config.mesh))
-    signals = signals or preemption.Signals()
-    with jax.set_mesh(mesh), _taken(workdir, signals) as lease:
+    with jax.set_mesh(mesh), _taken(home, signals) as lease:
+        processes.on_first_process(home.fetch)  # again: the run before may have written while its end was waited for
         while True:
-            with _nothing_left_behind(workdir, stored):
-                run = _set_up(config, workdir, mesh, stored, begun, title, allow_config_change, signals, lease)
+            with _nothing_left_behind(home, stored):
+                run = _set_up(config, home, mesh, stored, begun, title, allow_config_change, signals, lease)
             try:
-                return _steps(run, config, signals)
+                with _pushed_at_the_end(home):
+                    return _steps(run, config, signals)
             except stability.Diverged as error:
                 failure = error.with_traceback(None)  # which would keep the state in memory
             del run
-            processes.on_first_process(functools.partial(_roll_back, workdir, config.train, failure))
-            begun, stored = time.time(), processes.on_first_process(lambda: workdirs.begun(workdir, config))
+            processes.on_first_process(functools.partial(_roll_back, home, config.train, failure))
+            begun, stored = time.time(), processes.on_first_process(lambda: workdirs.begun(home, config))
 
 
-def _roll_back(workdir: Path, fields, failure: stability.Diverged) -> None:
-    place = checkpoint.discard_after(workdir, failure.step - fields.rollback_after)
-    print(stability.record_rollback(workdir, failure, place, fields), file=sys.stderr)
+def _roll_back(home: Workdir, fields, failure: stability.Diverged) -> None:
+    place = checkpoint.discard_after(home.remote, failure.step - fields.rollback_after)
+    try:
+        print(stability.record_rollback(home.local, failure, place, fields), file=sys.stderr)
+    finally:
+        home.push()
 
 
 @contextlib.contextmanager
-def _taken(workdir: Path, signals: preemption.Signals) -> Iterator[workdirs.Lease | None]:
+def _pushed_at_the_end(home: Workdir) -> Iterator[None]:
+    """However the steps end, what was reported of them comes to the bucket, if it can be reached."""
+    try:
+        yield
+    except BaseException:
+        if processes.is_first():
+            try:
+                home.push()
+            except (InputError, RunFailed) as error:  # what ended the steps matters more
+                print(error, file=sys.stderr)
+        raise
+    processes.on_first_process(home.push)
+
+
+@contextlib.contextmanager
+def _taken(home: Workdir, signals: preemption.Signals) -> Iterator[workdirs.Lease | None]:
     """The workdir is this run's alone until the end; the lease, which only the first process has."""
     leases: list[workdirs.Lease] = []
-    processes.on_first_process(lambda: leases.append(workdirs.Lease(workdir)))
+    processes.on_first_process(lambda: leases.append(workdirs.Lease(home.remote)))
     if not leases:
         yield None
         return
@@ -105,15 +133,16 @@ def _taken(workdir: Path, signals: preemption.Signals) -> Iterator[workdirs.Leas
 
 
 @contextlib.contextmanager
-def _nothing_left_behind(workdir: Path, stored: Stored) -> Iterator[None]:
+def _nothing_left_behind(home: Workdir, stored: Stored) -> Iterator[None]:
     """If a mistake of the user's keeps a run from beginning, removes what was made for it in the workdir."""
-    before = {path.name for path in workdir.iterdir()} if processes.is_first() else set()
+    before = {path.name for path in home.local.iterdir()} if processes.is_first() else set()
     try:
         yield
     except InputError:
         if processes.is_first() and stored is None:
-            for path in [path for path in workdir.iterdir() if path.name not in before]:
+            for path in [path for path in home.local.iterdir() if path.name not in before]:
                 shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+            home.push()
         raise
 
 
@@ -128,16 +157,17 @@ class _Ready(NamedTuple):
 
 
 def _set_up(
-    config: RunConfig, workdir: Path, mesh, stored: Stored, begun: float, title: str, allow_config_change: bool,
+    config: RunConfig, home: Workdir, mesh, stored: Stored, begun: float, title: str, allow_config_change: bool,
     signals: preemption.Signals, lease: workdirs.Lease | None,
 ) -> _Ready:  # fmt: skip
+    workdir = home.local
     with processes.all_or_none():
         optax_optimizer, step_fn, options, refused = training_step(config, mesh)
         was_begun = stored is None and processes.on_first_process(lambda: workdirs.reserve(workdir, config))
-        tokenizer, rows, validation = open_data(config, workdir, resumed=stored is not None, replaces=was_begun)
+        tokenizer, rows, validation = open_data(config, home, resumed=stored is not None, replaces=was_begun)
         model = fit_to_tokenizer(config, tokenizer, stored)
         if config.lora.rank:
-            config.lora.fingerprint = peft.fingerprint(Path(config.train.init_from))
+            config.lora.fingerprint = peft.fingerprint(mirror.copied(config.train.init_from))
         require_divides(model, mesh, config.data.row_length)
         datasets = [source.path for source in (*rows.sources, *filter(None, [validation]))]
 
@@ -145,16 +175,17 @@ def _set_up(
             assert lease is not None
             lease.confirm()
             dataset.require_unchanged(workdir, datasets)
-            workdirs.claim(workdir, config, stored, allow_change=allow_config_change)
+            workdirs.claim(home, config, stored, allow_change=allow_config_change)
             tokenizer.save(workdir / "tokenizer")
             if config.train.init_from and stored is None:
                 hf.copy_companions(config.train.init_from, workdir / "tokenizer")
+            home.push()
 
         processes.on_first_process(claim)
-        _require_shared(workdir / "config.json")
+        _require_shared(home, "config.json")
 
     clock, events = Goodput(workdir, begun), Events(workdir)
-    saver = checkpoint.Checkpointer(workdir, config, on_saved=clock.saved)
+    saver = checkpoint.Checkpointer(home.remote, config, events, on_saved=clock.saved)
     state, notes = _start(config, model, optax_optimizer, saver, mesh, options, clock)
     first = int(state.step)
     rollback = processes.on_first_process(lambda: stability.rollback_to(workdir, first))
@@ -167,7 +198,7 @@ def _set_up(
             ), total_steps=config.train.steps, first_step=first, log_every=config.train.log_every, title=title,
             notes=notes, goodput=clock, events=events, frozen=config.lora.rank > 0,
         )  # fmt: skip
-    reporter.say(_opening(model, mesh, workdir, first, config.train.steps, title))
+    reporter.say(_opening(model, mesh, home, first, config.train.steps, title))
     if config.lora.rank:
         count = sum(x.size for x in jax.tree.leaves(state.trainable))
         reporter.say(f"trains {count:,} parameters of adapters; the base is {config.lora.base}, and frozen")
@@ -177,6 +208,7 @@ def _set_up(
     rows = dataclasses.replace(rows, on_damage=_on_damage(config, events, offset))
     loop = Loop(
         config, saver, reporter, preemption.Requests(mesh, config.checkpoint.every_minutes, signals), clock, events,
+        push=home.push,
         evaluate=evaluator(config, validation, tokenizer, mesh, options) if validation else None,
         sample=sampler(config, tokenizer) if config.train.sample_prompt else None,
     )  # fmt: skip
@@ -251,10 +283,11 @@ def _abstract_state(model: ModelConfig, optax_optimizer, mesh) -> TrainState:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec(x))), like)
 
 
-def _require_shared(path: Path) -> None:
+def _require_shared(home: Workdir, name: str) -> None:
     """Raises InputError where this process does not see what the first one wrote; NFS may take some seconds."""
+    path = home.remote / name
     for _ in range(10):
-        if path.exists():
+        if buckets.exists(path) if home.is_mirror else path.exists():
             return
         time.sleep(1)
     raise InputError(
@@ -263,7 +296,7 @@ def _require_shared(path: Path) -> None:
     )
 
 
-def _opening(model: ModelConfig, mesh, workdir: Path, first: int, total: int, title: str) -> str:
+def _opening(model: ModelConfig, mesh, workdir: Workdir, first: int, total: int, title: str) -> str:
     sizes = " ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
     start = f"from step {first}" if first else "from the start"
     kernel = kernel_for(model.attention_kernel, platform())
@@ -273,19 +306,22 @@ def _opening(model: ModelConfig, mesh, workdir: Path, first: int, total: int, ti
     )
 
 
-def open_data(config: RunConfig, workdir: Path, *, resumed: bool = False, replaces: bool = False):
-    """(tokenizer, order of training rows, validation rows or None). Files are prepared into workdir/data.
+def open_data(config: RunConfig, home: Workdir, *, resumed: bool = False, replaces: bool = False):
+    """(tokenizer, order of training rows, validation rows or None). Files are prepared into data/ of the workdir.
 
+    Prepared data that lies in a bucket is copied to `config.data.cache_dir` once.
     resumed: neither the files that were prepared nor the model that the run started from are looked at again.
     replaces: what a start that never saved has prepared there may be replaced.
     """
     data = config.data
-    path = Path(data.path) if data.path else workdir / "data"
+    path = mirror.copied(data.path, data.cache_dir) if data.path else home.local / "data"
     weighted = [(path, 1.0), *pipeline.parse_mixture(data.mixture)]
     if not data.path:
-        processes.on_first_process(lambda: _prepare(config, workdir, path, resumed, replaces))
-        _require_shared(path)
-    opened = [dataset.open_dataset(other) for other, _ in weighted]
+        processes.on_first_process(lambda: _prepare(config, home, path, resumed, replaces))
+        _require_shared(home, "data/manifest.json")
+        if not processes.is_first():
+            home.fetch("data/")
+    opened = [dataset.open_dataset(mirror.copied(other, data.cache_dir)) for other, _ in weighted]
     pipeline.require_fields(opened, data.kind)
     tokenizer = load_tokenizer(opened[0].tokenizer_path)
     for source in opened:
@@ -317,12 +353,12 @@ def _on_damage(config: RunConfig, events: Events, offset: int):
     return report
 
 
-def _prepare(config: RunConfig, workdir: Path, path: Path, resumed: bool, replaces: bool) -> None:
+def _prepare(config: RunConfig, home: Workdir, path: Path, resumed: bool, replaces: bool) -> None:
     data, place = config.data, path / "manifest.json"
     if resumed and place.exists():
         return
     do = functools.partial(
-        prepare.prepare_dataset, path, kind=data.kind, files=data.files, tokenizer=_tokenizer(config, workdir),
+        prepare.prepare_dataset, path, kind=data.kind, files=data.files, tokenizer=_tokenizer(config, home.local),
         row_length=data.row_length, packing=data.packing, documents=data.documents, overlong=data.overlong,
         validation_fraction=data.validation_fraction,
     )  # fmt: skip
@@ -333,13 +369,14 @@ def _prepare(config: RunConfig, workdir: Path, path: Path, resumed: bool, replac
             raise
         shutil.rmtree(path)
         do()
+    home.push()  # for the other processes
 
 
 def _tokenizer(config: RunConfig, workdir: Path) -> Tokenizer:
     """The one that the config names, that of the model it starts from, or one trained on the files."""
     data = config.data
     if data.tokenizer:
-        return load_tokenizer(data.tokenizer)
+        return load_tokenizer(mirror.copied(data.tokenizer, data.cache_dir))
     if config.train.init_from:
         return load_tokenizer(hf.tokenizer_directory(config.train.init_from))
     path = workdir / "tokenizer" / "tokenizer.model"

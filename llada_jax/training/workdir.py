@@ -17,11 +17,12 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from llada_jax import cli
+from llada_jax import buckets, cli
 from llada_jax.config import RunConfig, check_config, differences, run_config
-from llada_jax.fields import InputError
+from llada_jax.fields import InputError, RunFailed
 from llada_jax.files import read_json, write_atomic
 from llada_jax.interop.workdir import load_config, saved_steps
+from llada_jax.mirror import Workdir
 from llada_jax.training import optimizer
 from llada_jax.training.monitor import Events, read_goodput
 
@@ -33,7 +34,8 @@ _HARMLESS = (
     "config.train.log_every", "config.train.eval_every", "config.train.sample_every", "config.train.sample_prompt",
     "config.train.microbatches", "config.train.spike_sigma", "config.train.rollback_after",
     "config.train.rollback_rate", "config.train.stall_seconds", "config.train.init_from", "config.data.path",
-    "config.data.threads", "config.data.on_damage", "config.checkpoint.", "config.mesh.", "config.model.remat",
+    "config.data.threads", "config.data.on_damage", "config.data.cache_dir", "config.checkpoint.",
+    "config.mesh.", "config.model.remat",
     "config.model.attention_kernel", "config.train.steps",
 )  # fmt: skip
 _SCHEDULE = "config.optimizer.schedule"  # may with --allow_config_change
@@ -47,7 +49,7 @@ class Lease:
     """
 
     def __init__(self, workdir: Path):
-        """Takes the workdir. Raises InputError if another run trains there."""
+        """Takes the workdir, of this machine or in a bucket. Raises InputError if another run trains there."""
         self._workdir, self._path = workdir, workdir / "lease.json"
         self._own = {"run": uuid.uuid4().hex, "host": socket.gethostname(), "pid": os.getpid(), "machine": _machine()}
         other = self._read()
@@ -56,9 +58,10 @@ class Lease:
                 f"{workdir}: process {other['pid']} on {other['host']} trains there; stop that, or choose another "
                 "--workdir"
             )
-        self._made = not workdir.exists()
+        self._made = not buckets.is_bucket(workdir) and not workdir.exists()
         try:
-            workdir.mkdir(parents=True, exist_ok=True)
+            if not buckets.is_bucket(workdir):
+                workdir.mkdir(parents=True, exist_ok=True)
         except FileNotFoundError as error:  # below /proc, say
             raise InputError(f"{workdir}: can't be made there; choose another --workdir") from error
         self._renew()
@@ -78,11 +81,13 @@ class Lease:
         self._thread.join(_RENEW_SECONDS)
         other = self._read()
         if other is not None and other["run"] == self._own["run"]:
-            self._path.unlink(missing_ok=True)
+            buckets.remove(self._path) if buckets.is_bucket(self._path) else self._path.unlink(missing_ok=True)
         if self._made and self._workdir.is_dir() and not any(self._workdir.iterdir()):
             self._workdir.rmdir()
 
     def _read(self) -> dict[str, Any] | None:
+        if buckets.is_bucket(self._path) and not buckets.exists(self._path):  # raises if that cannot be known
+            return None
         try:
             found = read_json(self._path)
             return {name: found[name] for name in (*self._own, "time")}
@@ -100,7 +105,7 @@ class Lease:
                     cli.say(f"error: {self._workdir}: was taken over by process {other['pid']} on {other['host']}")
                     cli.end(1)  # at once: whatever this run still wrote would be in the other's way
                 self._renew()
-            except OSError:
+            except (OSError, RunFailed):
                 pass  # a full disk or a bucket that is away: tried again, and others may not get at it either
 
     def _is_gone(self, other: dict[str, Any]) -> bool:
@@ -137,28 +142,29 @@ def _is_alive(pid: int) -> bool:
     return True
 
 
-def begun(workdir: Path, config: RunConfig) -> dict[str, Any] | None:
+def begun(home: Workdir, config: RunConfig) -> dict[str, Any] | None:
     """The config of the run that a workdir holds; None if there is no checkpoint, so that the workdir is nobody's.
 
     Raises InputError where the workdir holds something else, where the checkpoints of a run are gone, and for fewer
     steps than were made. For one process alone.
     """
-    reached = max(saved_steps(workdir / "checkpoints"), default=None)
-    path = workdir / "config.json"
-    stored = load_config(workdir) if path.exists() else None
+    reached = max(saved_steps(home.checkpoints), default=None)
+    path = home.local / "config.json"
+    stored = load_config(home.local) if path.exists() else None
+    path = home.remote / "config.json"
     if stored is not None and not {"data", "train", "optimizer"} <= stored.keys():
         raise InputError(f"{path}: of no training run, and a run would replace it; choose another --workdir")
     if reached is None:
-        if saved := _saved(workdir):
+        if saved := _saved(home.local):
             raise InputError(
-                f"{workdir / 'checkpoints'}: holds no checkpoint, but this run had saved step {saved}; mount or copy "
+                f"{home.checkpoints}: holds no checkpoint, but this run had saved step {saved}; mount or copy "
                 "it back, choose another --workdir, or remove goodput.json to begin at step 0"
             )
         return None
     if stored is None:
-        raise InputError(f"{workdir}: has checkpoints and no config.json; copy that back, or choose another --workdir")
+        raise InputError(f"{home}: has checkpoints and no config.json; copy that back, or choose another --workdir")
     if config.train.steps < reached:
-        raise InputError(f"config.train.steps is {config.train.steps}, but {workdir} has reached step {reached}")
+        raise InputError(f"config.train.steps is {config.train.steps}, but {home} has reached step {reached}")
     defaults = json.loads(json.dumps(run_config().to_dict()))  # of fields that this version has added since
     whole = {group: fields | stored.get(group, {}) for group, fields in defaults.items()}
     try:
@@ -192,7 +198,7 @@ def reserve(workdir: Path, config: RunConfig) -> bool:
     return was_begun
 
 
-def claim(workdir: Path, config: RunConfig, stored: dict[str, Any] | None, *, allow_change: bool = False) -> None:
+def claim(home: Workdir, config: RunConfig, stored: dict[str, Any] | None, *, allow_change: bool = False) -> None:
     """Writes config.json, all of it resolved; refuses to continue a run with another model, data or recipe.
 
     stored: the config of the run that is there; None: none is. allow_change: the learning rate may differ. What differs
@@ -201,23 +207,25 @@ def claim(workdir: Path, config: RunConfig, stored: dict[str, Any] | None, *, al
     changed = []
     if stored is not None:
         now = json.loads(json.dumps(config.to_dict()))
-        reached = max(saved_steps(workdir / "checkpoints"), default=0)
+        reached = max(saved_steps(home.checkpoints), default=0)
         changed = differences(stored, now)
         rates = _moved_rates(stored, now, reached)
         refused = [line for line in changed if not line.startswith(_HARMLESS) and not _same_mixture(line, stored, now)]
         others = [line for line in refused if not line.startswith(_SCHEDULE)]
         if others:
             raise InputError(
-                f"{workdir} holds another run: {'; '.join(others)}. Choose another --workdir, or undo the change"
+                f"{home} holds another run: {'; '.join(others)}. Choose another --workdir, or undo the change"
             )
         if (refused or rates) and not allow_change:
             raise InputError(
-                f"{workdir}: {'; '.join([*refused, *rates])}; --allow_config_change continues with the new one"
+                f"{home}: {'; '.join([*refused, *rates])}; --allow_config_change continues with the new one"
             )
-    write_atomic(workdir / "config.json", json.dumps(config.to_dict(), indent=1, sort_keys=True))
+    write_atomic(home.local / "config.json", json.dumps(config.to_dict(), indent=1, sort_keys=True))
     if changed:
-        print(f"{workdir}: continuing with {'; '.join(changed)}", file=sys.stderr)
-        Events(workdir).write("config changed", step=reached, cause="; ".join(changed), action="continues with the new")
+        print(f"{home}: continuing with {'; '.join(changed)}", file=sys.stderr)
+        Events(home.local).write(
+            "config changed", step=reached, cause="; ".join(changed), action="continues with the new"
+        )
 
 
 def _moved_rates(stored: dict[str, Any], now: dict[str, Any], reached: int) -> list[str]:

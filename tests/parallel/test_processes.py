@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 
 from llada_jax.data import sources
 from llada_jax.fields import InputError
+from llada_jax.mirror import Workdir
 from llada_jax.parallel.mesh import _across_slices
 from llada_jax.training import run as train
 
@@ -183,7 +184,7 @@ def test_rows_and_masks_are_the_same_bits(one, two, four):
 
 
 def test_every_process_reads_its_share_and_no_more(root, of, one, two, four):
-    order = train.open_data(ConfigDict(of(6)), root / "one")[1]
+    order = train.open_data(ConfigDict(of(6)), Workdir(root / "one"))[1]
     for results, steps in ((two, range(0, 2)), (four, range(2, 4))):
         shares = np.arange(16).reshape(len(results.values), -1)
         for result, rows in zip(results.values, shares, strict=True):

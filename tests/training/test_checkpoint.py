@@ -14,6 +14,7 @@ from llada_jax.tools import kill_test
 from llada_jax.tools.digest import digest
 from llada_jax.training import checkpoint
 from llada_jax.training import run as train
+from llada_jax.training.monitor import Events
 
 
 def largest_file(directory):
@@ -58,7 +59,7 @@ def restored(workdir, run):
     model = train.fit_to_tokenizer(run, train.load_tokenizer(workdir / "tokenizer"))
     with jax.set_mesh(mesh):
         like = train._abstract_state(model, train.training_step(run, mesh)[0], mesh)
-        found = checkpoint.Checkpointer(workdir, run).restore(like)
+        found = checkpoint.Checkpointer(workdir, run, Events(workdir)).restore(like)
     assert found is not None
     return found[0]
 
@@ -263,9 +264,11 @@ def test_a_digest_depends_on_every_bit_and_not_on_the_mesh(trained, make_run, tm
     optimizer = train.training_step(make_run(steps=6), make_mesh(dict(run.mesh)))[0]
     for name, sizes, bit in (("a", {}, 0), ("b", dict(fsdp=4, tensor=2), 0), ("c", {}, 1)):
         mesh = make_mesh(dict(run.mesh) | sizes)
-        saver = checkpoint.Checkpointer(tmp_path / name, run)
+        saver = checkpoint.Checkpointer(tmp_path / name, run, Events(tmp_path / name))
         with jax.set_mesh(mesh):
-            restored = checkpoint.Checkpointer(trained, run).restore(train._abstract_state(model, optimizer, mesh))
+            restored = checkpoint.Checkpointer(trained, run, Events(trained)).restore(
+                train._abstract_state(model, optimizer, mesh)
+            )
             assert restored is not None
             state = restored[0]
             if bit:
@@ -288,7 +291,7 @@ def test_restoring_makes_no_second_state(trained, make_run):
         before = len(jax.live_arrays())
         like = train._abstract_state(model, train.training_step(run, mesh)[0], mesh)
         assert len(jax.live_arrays()) == before
-        restored = checkpoint.Checkpointer(trained, run).restore(like)
+        restored = checkpoint.Checkpointer(trained, run, Events(trained)).restore(like)
         assert restored is not None
     for array, shape in zip(jax.tree.leaves(restored[0]), jax.tree.leaves(like), strict=True):
         assert (array.shape, array.dtype, array.sharding) == (shape.shape, shape.dtype, shape.sharding)

@@ -21,6 +21,7 @@ from llada_jax.parallel.mesh import global_batch, make_mesh
 from llada_jax.training import checkpoint, optimizer, stability
 from llada_jax.training import run as train
 from llada_jax.training.metrics import Reporter
+from llada_jax.training.monitor import Events
 from llada_jax.training.step import init_state, make_train_step
 
 ALONE = dict(data=1, fsdp=1, tensor=1, context=1)
@@ -230,11 +231,11 @@ def test_a_checkpoint_from_before_there_was_a_guard_is_read(tiny, tiny_run, tmp_
     parts = checkpoint._parts
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "_parts", lambda state: {k: v for k, v in parts(state).items() if k != "guard"})
-        with contextlib.closing(checkpoint.Checkpointer(tmp_path, tiny_run)) as saver:
+        with contextlib.closing(checkpoint.Checkpointer(tmp_path, tiny_run, Events(tmp_path))) as saver:
             saver.save(7, state)
     assert not (tmp_path / "checkpoints/7/guard").exists()
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-    with contextlib.closing(checkpoint.Checkpointer(tmp_path, tiny_run)) as saver:
+    with contextlib.closing(checkpoint.Checkpointer(tmp_path, tiny_run, Events(tmp_path))) as saver:
         restored = saver.restore(like)
         assert restored is not None
         assert_equal(bits(restored[0]), bits(state))
