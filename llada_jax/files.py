@@ -23,8 +23,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from llada_jax import buckets
 from llada_jax.fields import InputError
+from llada_jax.storage import buckets
 
 LARGEST_JSON = 2**26  # bytes; parsing takes some twenty times as much memory at worst
 _DEEPEST_JSON = 100  # levels; Python reads about a thousand, and may then not be able to write them

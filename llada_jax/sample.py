@@ -22,7 +22,6 @@ from absl import flags
 from tqdm import tqdm
 
 from llada_jax import cli
-from llada_jax.buckets import path_of
 from llada_jax.data.tokenizer import Tokenizer, load_tokenizer
 from llada_jax.fields import InputError
 from llada_jax.interop import hf
@@ -30,6 +29,7 @@ from llada_jax.interop.workdir import load_config
 from llada_jax.parallel import join, processes
 from llada_jax.parallel.mesh import inference_mesh
 from llada_jax.sampling import batches, options
+from llada_jax.storage.buckets import path_of
 from llada_jax.streams import stream
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "The workdir of a training run, or a published checkpoint.")

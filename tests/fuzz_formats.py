@@ -24,8 +24,8 @@ from llada_jax.data.train_tokenizer import train_tokenizer
 from llada_jax.fields import InputError
 from llada_jax.files import CHECKSUMS, write_checksums
 from llada_jax.interop.workdir import abstract_model, frugal, named_leaves
-from llada_jax.mirror import Workdir
 from llada_jax.model.config import PRESETS
+from llada_jax.storage.mirror import Workdir
 
 GOLDEN = Path(__file__).parent / "golden" / "tokenizer"
 TOKENIZER = load_tokenizer(GOLDEN)

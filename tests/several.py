@@ -25,10 +25,10 @@ from llada_jax.evaluation import likelihood, reversal
 from llada_jax.fields import InputError, RunFailed
 from llada_jax.interop import hf
 from llada_jax.interop.workdir import load_model
-from llada_jax.mirror import Workdir
 from llada_jax.objectives import OBJECTIVES
 from llada_jax.parallel import join, processes
 from llada_jax.parallel.mesh import AXES, global_batch, make_mesh, rows_of_process
+from llada_jax.storage.mirror import Workdir
 from llada_jax.streams import stream
 from llada_jax.training import run as train
 from llada_jax.training.monitor import Events

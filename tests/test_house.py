@@ -10,9 +10,9 @@ PACKAGE = ROOT / "llada_jax"
 # Rooms and files, from the ground up; what is named more exactly counts. A file imports from its own floor and below.
 FLOORS = [
     ["fields", "streams"],
-    ["buckets"],
+    ["storage.buckets"],
     ["inputs", "files", "help"],
-    ["mirror"],
+    ["storage"],
     ["model.config", "cli"],
     ["config"],
     ["parallel"],

@@ -26,15 +26,15 @@ from absl import flags
 from tqdm import tqdm
 
 from llada_jax import cli
-from llada_jax.buckets import path_of
 from llada_jax.fields import InputError
 from llada_jax.files import parse_json, read_json
 from llada_jax.interop import hf
 from llada_jax.interop.workdir import load_config, require_utf8
-from llada_jax.mirror import copied
 from llada_jax.model import lora
 from llada_jax.model.config import ModelConfig
 from llada_jax.model.transformer import Block, Transformer, rms_norm
+from llada_jax.storage.buckets import path_of
+from llada_jax.storage.mirror import copied
 
 # Largest difference between our float32 logits and PyTorch's, as a part of the largest logit. The order of sums makes
 # 1e-7 to 1e-5, and 3e-4 in a random model of 32 layers so sharp that bfloat16 moves its logits by half; exchanging two

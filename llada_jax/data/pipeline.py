@@ -13,12 +13,12 @@ from typing import Any
 import grain
 import numpy as np
 
-from llada_jax.buckets import path_of
 from llada_jax.data import KINDS, packing
 from llada_jax.data.dataset import DamagedRow, RowSource
 from llada_jax.data.kind import Batch, Field, Place, Record
 from llada_jax.data.sources import check_unicode
 from llada_jax.fields import InputError
+from llada_jax.storage.buckets import path_of
 
 _LEAST_WEIGHT, _MOST_WEIGHT = 1e-6, 1e6  # of a dataset in a mixture
 _TABLE_ROWS = 2**16  # up to here the order of an epoch is held as a table

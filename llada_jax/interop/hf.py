@@ -16,8 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from llada_jax import mirror
-from llada_jax.buckets import files_below, is_bucket, path_of, require_reachable
 from llada_jax.config import Lora
 from llada_jax.data.tokenizer import Tokenizer
 from llada_jax.fields import InputError, check_fields
@@ -31,6 +29,8 @@ from llada_jax.model.config import ModelConfig, model_config
 from llada_jax.model.transformer import Transformer, with_config
 from llada_jax.parallel import processes
 from llada_jax.parallel.mesh import under
+from llada_jax.storage import mirror
+from llada_jax.storage.buckets import files_below, is_bucket, path_of, require_reachable
 
 # What travels with a model besides its weights: the tokenizer, generation settings, and the code that auto_map names.
 COMPANIONS = (

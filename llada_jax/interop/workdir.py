@@ -21,7 +21,6 @@ import jax
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from llada_jax import buckets
 from llada_jax.config import run_config
 from llada_jax.fields import InputError
 from llada_jax.files import COMMIT, damage, read_json, require_files, write_checksums
@@ -30,6 +29,7 @@ from llada_jax.model.config import ModelConfig, model_config
 from llada_jax.model.transformer import Transformer
 from llada_jax.parallel import processes
 from llada_jax.parallel.mesh import require_divides, require_mesh
+from llada_jax.storage import buckets
 
 
 def saved_steps(directory: Path) -> list[int]:

@@ -17,12 +17,12 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from llada_jax import buckets
 from llada_jax.config import RunConfig
 from llada_jax.fields import InputError, RunFailed
 from llada_jax.files import COMMIT, checksums, damage, write_atomic, write_checksums
 from llada_jax.interop.workdir import frugal, named_leaves, root_cause, saved_steps
 from llada_jax.parallel import processes
+from llada_jax.storage import buckets
 from llada_jax.training.monitor import Events
 from llada_jax.training.stability import fresh_state
 from llada_jax.training.step import TrainState

@@ -17,14 +17,12 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from llada_jax import buckets, mirror
 from llada_jax.config import Lora, RunConfig, check_config
 from llada_jax.data import KINDS, dataset, pipeline, prepare, sources
 from llada_jax.data.tokenizer import Tokenizer, load_tokenizer
 from llada_jax.data.train_tokenizer import train_tokenizer
 from llada_jax.fields import InputError, RunFailed
 from llada_jax.interop import hf, peft
-from llada_jax.mirror import Workdir
 from llada_jax.model.attention import kernel_for
 from llada_jax.model.config import ModelConfig
 from llada_jax.model.transformer import parameter_count, with_config
@@ -32,6 +30,8 @@ from llada_jax.objectives import OBJECTIVES
 from llada_jax.objectives.elbo import Batch
 from llada_jax.parallel import chips, processes
 from llada_jax.parallel.mesh import global_batch, make_mesh, platform, require_divides, rows_of_process
+from llada_jax.storage import buckets, mirror
+from llada_jax.storage.mirror import Workdir
 from llada_jax.streams import stream
 from llada_jax.training import checkpoint, optimizer, preemption, stability
 from llada_jax.training import workdir as workdirs

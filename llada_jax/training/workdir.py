@@ -17,12 +17,13 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from llada_jax import buckets, cli
+from llada_jax import cli
 from llada_jax.config import RunConfig, check_config, differences, run_config
 from llada_jax.fields import InputError, RunFailed
 from llada_jax.files import read_json, write_atomic
 from llada_jax.interop.workdir import load_config, saved_steps
-from llada_jax.mirror import Workdir
+from llada_jax.storage import buckets
+from llada_jax.storage.mirror import Workdir
 from llada_jax.training import optimizer
 from llada_jax.training.monitor import Events, read_goodput
 

@@ -19,8 +19,8 @@ from ml_collections import ConfigDict
 
 from llada_jax.data import sources
 from llada_jax.fields import InputError
-from llada_jax.mirror import Workdir
 from llada_jax.parallel.mesh import _across_slices
+from llada_jax.storage.mirror import Workdir
 from llada_jax.training import run as train
 
 ROOT = Path(__file__).resolve().parents[2]

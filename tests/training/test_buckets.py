@@ -18,12 +18,12 @@ import bucket_servers
 import numpy as np
 import pytest
 
-from llada_jax import buckets, mirror
 from llada_jax.data import dataset
 from llada_jax.fields import InputError, RunFailed
 from llada_jax.files import write_atomic
 from llada_jax.interop import hf
 from llada_jax.interop.workdir import load_model, named_leaves, saved_steps
+from llada_jax.storage import buckets, mirror
 from llada_jax.tools import kill_test
 from llada_jax.tools.digest import digest
 from llada_jax.training import run as train
@@ -231,7 +231,7 @@ def test_a_library_that_is_missing_is_named_with_its_extra(scheme, library, extr
     program = f"""if True:
         import sys
         sys.modules[{library!r}] = None
-        from llada_jax import buckets
+        from llada_jax.storage import buckets
         try:
             buckets.path_of("{scheme}://runs/a")
         except buckets.InputError as error:

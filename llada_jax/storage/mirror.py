@@ -14,9 +14,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from llada_jax import buckets
 from llada_jax.fields import InputError, RunFailed
 from llada_jax.files import atomic_directory, cache_directory, hash_file, in_order, read_json, temporary_directory
+from llada_jax.storage import buckets
 
 _THREADS = 8
 _COPIED = ("tokenizer/", "data/")  # of a workdir, beside its own .json and .jsonl
