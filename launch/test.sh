@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Formatting, lint, types and tests: bash launch/test.sh [arguments of pytest]
+# Formatting, lint, types and tests: bash launch/test.sh [arguments of pytest]; --slow: all of them
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/environment.sh

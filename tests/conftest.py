@@ -26,13 +26,22 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 
 def pytest_addoption(parser):
-    parser.addoption("--slow", action="store_true", help="also the tests that take longer than 40 seconds")
+    parser.addoption("--slow", action="store_true", help="also the tests that take long and guard little")
 
 
 def pytest_collection_modifyitems(config, items):
     for item in items:
         if item.get_closest_marker("slow") and not config.getoption("--slow"):
-            item.add_marker(pytest.mark.skip(reason="takes over 40 seconds; --slow runs it"))
+            item.add_marker(pytest.mark.skip(reason="takes long; --slow runs it"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_programs():
+    """Forgets compiled programs before they take all memory maps of the process: Linux allows 65,530, then it aborts."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 25_000:
+        jax.clear_caches()
 
 
 @pytest.fixture

@@ -75,7 +75,7 @@ def convert(
             del model
             found = probe(hf.load(made), tokens)
             report += f"; {compare(before, wanted, found)}"
-            sides = {"target": (made, found)} | ({} if adapter else {"source": (copied(source), before)})
+            sides = ({} if adapter else {"source": (copied(source), before)}) | {"target": (made, found)}
             report += f"; {compare_with_torch(tokens, sides)}"
     return report
 

@@ -29,9 +29,6 @@ from llada_jax.sampling.cache import prepare
 from llada_jax.sampling.generate import generate
 from llada_jax.training import run
 
-WORKDIR = flags.DEFINE_string("workdir", None, "Of the training run.", required=True)
-STEPS = flags.DEFINE_integer("steps", 4000, "Of training.", lower_bound=1)
-
 RULES: dict[str, dict] = {
     "1 token a pass": {},
     "2 tokens a pass": {"tokens": 2},
@@ -122,7 +119,7 @@ def train(workdir: Path) -> None:
     config.optimizer.schedule = (
         ("linear", 1e-3, "100 steps"), ("constant", 1e-3, "60%"), ("cosine", 2e-5, "100%"),
     )  # fmt: skip
-    t.steps, t.batch_size, t.log_every, t.eval_every = STEPS.value, 64, 100, 0
+    t.steps, t.batch_size, t.log_every, t.eval_every = flags.FLAGS.steps, 64, 100, 0
     config.checkpoint.every_steps, config.checkpoint.keep = 500, 1
     run.train(config, workdir)
 
@@ -144,7 +141,7 @@ def score(weights, tokenizer, task: Task, options: dict) -> tuple[float, float]:
 
 
 def main(_argv: list[str]) -> None:
-    workdir = Path(WORKDIR.value)
+    workdir = Path(flags.FLAGS.workdir)
     train(workdir)
     weights, tokenizer = prepare(load_model(workdir)), load_tokenizer(workdir / "tokenizer")
     for name, task in tasks().items():
@@ -156,4 +153,6 @@ def main(_argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    flags.DEFINE_string("workdir", None, "Of the training run.", required=True)
+    flags.DEFINE_integer("steps", 4000, "Of training.", lower_bound=1)
     cli.run(main)

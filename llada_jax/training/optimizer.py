@@ -95,7 +95,8 @@ def _adam(b1: float, b2: float, eps: float, mu_dtype: str) -> optax.GradientTran
     """optax.scale_by_adam, but where not `ok` all stays as it is.
 
     The moments are selected before anything is computed from them: if that were done to the result, XLA would compute
-    the update from the old moments and the gradients once more, and keep a copy of the old ones for that.
+    the update from the old moments and the gradients once more, and keep a copy of the old ones for that. Nor does
+    optax.conditionally_mask do it: in the vocabulary step on a CPU it takes 27% more temporaries (tools/README.md).
     """
     adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps, mu_dtype=mu_dtype)
 

@@ -170,7 +170,7 @@ def begun(home: Workdir, config: RunConfig) -> dict[str, Any] | None:
     whole = {group: fields | stored.get(group, {}) for group, fields in defaults.items()}
     try:
         check_config(ConfigDict(whole))
-    except InputError as error:
+    except (InputError, ValueError) as error:  # ValueError: a name that ml_collections refuses
         raise InputError(f"{path}: {' '.join(str(error).split())}; copy the file again") from error
     return whole
 

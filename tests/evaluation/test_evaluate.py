@@ -48,6 +48,7 @@ def finished(*arguments):
     return process.returncode, out, err
 
 
+@pytest.mark.slow
 def test_a_killed_evaluation_goes_on_and_ends_as_one_that_was_not(checkpoint, tmp_path):
     couplets = [{"first": f"line {i}", "second": f"other {i}"} for i in range(2)]
     (tmp_path / "couplets.json").write_text(json.dumps(couplets))

@@ -63,6 +63,7 @@ def read(directory, **options):
     return AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True, **options).eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, dict(weight_tying=True, n_kv_heads=4, rope_theta=1e4)], ids=["", "tied"])
 def test_pytorch_computes_the_same_logits(tmp_path, tokenizer, rng, changes):
     model = make(tokenizer, **changes)

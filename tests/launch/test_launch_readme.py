@@ -53,5 +53,9 @@ def test_the_page_has_commands_of_every_script():
         "environment.py",
         "worker.sh",
     }
-    assert {name for name in scripts if f"launch/{name}" in text} == scripts - {"gke_jobset.yaml", "README.md"}
+    assert {name for name in scripts if f"launch/{name}" in text} == scripts - {
+        "gke_jobset.yaml",
+        "README.md",
+        "colab_tpu.ipynb",
+    }
     assert {"sbatch", "docker"} <= FLAGS.keys()

@@ -10,6 +10,7 @@ from nbclient import NotebookClient
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # of Jupyter's own
 def test_the_notebook_runs_from_top_to_bottom_twice_and_leaves_its_exports(tmp_path, monkeypatch):
     """The second run is that after a restart of the runtime: it finds what the first has left."""

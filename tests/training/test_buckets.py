@@ -93,6 +93,7 @@ def test_a_run_that_continues_in_a_bucket_ends_in_the_bits_of_one_on_disk(proxie
     assert (hf.tokenizer_directory(workdir) / "tokenizer.model").is_file()
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_set_aside_in_the_bucket(proxies, make_run, trained, bucket, tmp_path):
     train.train(make_run(steps=6), bucket)
     place = buckets.path_of(bucket) / "checkpoints" / "6"
@@ -115,6 +116,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_faults_of_the_network_lose_nothing_and_are_no_events(proxies, make_run, trained, bucket, fault, tmp_path):
     with proxies["gs"].faulty(FAULTS[fault]) as proxy:
@@ -124,6 +126,7 @@ def test_faults_of_the_network_lose_nothing_and_are_no_events(proxies, make_run,
     assert bits(bucket, tmp_path) == digest(trained, 4)[1]
 
 
+@pytest.mark.slow
 def test_a_bucket_that_is_away_during_a_save_costs_that_save_and_is_one_event(
     proxies, make_run, trained, bucket, monkeypatch, tmp_path
 ):
@@ -268,6 +271,7 @@ def test_prepared_data_of_a_bucket_is_copied_once_and_compared_with_its_checksum
     assert not copy.exists()
 
 
+@pytest.mark.slow
 def test_a_published_checkpoint_is_written_to_a_bucket_and_read_from_it(proxies, trained, bucket):
     model = hf.load(trained)
     hf.save_hf(model, bucket, source_dir=trained)

@@ -263,6 +263,7 @@ class Terminal:
         os.close(self._file)
 
 
+@pytest.mark.slow
 def test_on_a_terminal_it_denoises_in_place_and_ctrl_c_stops_only_the_answer(checkpoint, tmp_path):
     command = [sys.executable, "-m", "llada_jax.chat", f"--checkpoint={checkpoint}", "--gen_length=16"]
     terminal = Terminal(command)
