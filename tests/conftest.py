@@ -37,7 +37,7 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(scope="module", autouse=True)
 def few_programs():
-    """Forgets compiled programs before they take all memory maps of the process: Linux allows 65,530, then it aborts."""
+    """Forgets compiled programs before they take all memory maps of a process: Linux allows 65,530, then it aborts."""
     yield
     maps = Path("/proc/self/maps")
     if maps.exists() and maps.read_bytes().count(b"\n") > 25_000:
