@@ -6,7 +6,7 @@ What the compiler can't know is assumed, and told with the result:
 - Attention kernels run at `chip.attention` of peak: 4·rows·heads·L²·H FLOPs forward, 2.5 times that backward. The head
   size of 128 fills half of a 256-wide matrix unit (v6e, 7x), hence the lower share there.
 - The compiler prices large products at up to 97% of peak; measured ceilings are 90% (v6e) and 83% (7x). It doesn't know
-  the clock under load either: take the time for a lower bound, and read differences rather than digits.
+  the clock under load either: read differences between settings rather than digits.
 - Memory is what it is for any data: all loops have fixed buffers.
 Not counted: the host, and lookups on sparse cores.
 """
