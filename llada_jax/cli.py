@@ -114,6 +114,9 @@ def _parse(main: Callable, argv: list[str]) -> list[str]:
         sys.exit(0)
     try:
         rest = flags.FLAGS(help.config_paths(argv))
+        _open_config()
+    except SyntaxError as error:
+        fail(f"{error.filename}, line {error.lineno}: not Python ({error.msg}); --config names a file of configs/")
     except flags.Error as error:
         fail(f"{_last_line(error)}; --help lists the flags")
     except (KeyError, AttributeError) as error:  # ml_collections, for an override of a field that is not there
@@ -121,7 +124,6 @@ def _parse(main: Callable, argv: list[str]) -> list[str]:
         fail(f"the config has no such field: {named}")
     except (InputError, TypeError, ValueError) as error:  # a value of another type
         fail(_last_line(error))
-    _open_config()
     return rest
 
 

@@ -37,3 +37,14 @@ def test_what_is_known_ends_in_one_line(capsys, error, code, line):
 def test_what_is_not_known_keeps_its_traceback(capsys, error):
     assert cli.report(error) == 1
     assert type(error).__name__ in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_config_that_is_no_python_is_one_line(tmp_path):
+    (tmp_path / "page.py").write_text("# title\n\nsome words\n")
+    command = [sys.executable, "-m", "llada_jax.train", f"--config={tmp_path / 'page.py'}", "--workdir=x"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 2
+    assert (
+        ended.stderr.strip()
+        == f"error: {tmp_path / 'page.py'}, line 3: not Python (invalid syntax); --config names a file of configs/"
+    )

@@ -26,6 +26,8 @@ LLADA_SFT = (("linear", 2.5e-5, "50 steps"), ("constant", 2.5e-5, "90%"), ("line
 ILLADA_PRETRAIN = (("linear", 2e-4, "2000 steps"), ("constant", 2e-4, "90%"), ("cosine", 5e-6, "100%"))
 ILLADA_SFT = (("linear", 5e-6, "50 steps"), ("constant", 5e-6, "90%"), ("linear", 5e-7, "100%"))
 
+_UNTIL = re.compile(r"\s*(\d{1,18}(?:\.\d{0,18})?)\s*(?:(%)|(steps)|([TBMK]?)\s*tokens)\s*")
+_LARGEST_RATE = 10.0
 _UNITS = {"T": 1e12, "B": 1e9, "M": 1e6, "K": 1e3, "": 1.0}
 
 
@@ -35,8 +37,7 @@ def make_schedule(phases, *, total_steps: int, tokens_per_step: int) -> optax.Sc
     A phase that would end before it begins is left out, so a short run may see only the warm-up. Raises InputError for
     an unknown kind, an unreadable `until`, or no phase at all.
     """
-    if not phases:
-        raise InputError("config.optimizer.schedule: is empty; give at least (('constant', 1e-4, '100%'),)")
+    _check(phases)
     ends = list(itertools.accumulate((_until(phase, total_steps, tokens_per_step) for phase in phases), max))
 
     def rate(step):
@@ -56,13 +57,26 @@ def make_schedule(phases, *, total_steps: int, tokens_per_step: int) -> optax.Sc
     return rate
 
 
+def _check(phases) -> None:
+    """Raises InputError for what is no schedule."""
+    name, example = "config.optimizer.schedule", "(('constant', 1e-4, '100%'),)"
+    if not isinstance(phases, tuple | list) or not phases:
+        raise InputError(f"{name}: needs at least one phase, such as {example}")
+    for phase in phases:
+        if not isinstance(phase, tuple | list) or len(phase) != 3:
+            raise InputError(f"{name}: {str(phase)[:60]!r} is no (kind, rate, until); write it as in {example}")
+        kind, rate, until = phase
+        if kind not in ("linear", "constant", "cosine"):
+            raise InputError(f"{name}: {kind!r} is not one of linear, constant, cosine")
+        if type(rate) not in (int, float) or not 0 <= rate <= _LARGEST_RATE:
+            raise InputError(f"{name}: the rate {rate!r} is no number from 0 to {_LARGEST_RATE:g}")
+        if not _UNTIL.fullmatch(str(until)):
+            raise InputError(f"{name}: can't read {until!r}; write '2000 steps', '1.2T tokens' or '90%'")
+
+
 def _until(phase, total_steps: int, tokens_per_step: int) -> int:
-    kind, _, until = phase
-    if kind not in ("linear", "constant", "cosine"):
-        raise InputError(f"config.optimizer.schedule: {kind!r} is not one of linear, constant, cosine")
-    match = re.fullmatch(r"\s*([\d.]+)\s*(?:(%)|(steps)|([TBMK]?)\s*tokens)\s*", str(until))
-    if not match:
-        raise InputError(f"config.optimizer.schedule: can't read {until!r}; write '2000 steps', '1.2T tokens' or '90%'")
+    match = _UNTIL.fullmatch(str(phase[2]))
+    assert match is not None  # _check has seen it
     number, percent, steps, unit = match.groups()
     if percent:
         return round(float(number) / 100 * total_steps)

@@ -49,8 +49,13 @@ def test_a_short_run_sees_only_the_warm_up():
 @pytest.mark.parametrize(
     "phases, message",
     [
-        ((), "is empty"),
+        ((), "at least one phase"),
+        (("linear", 1.0, "10 steps"), "'linear' is no .kind, rate, until."),
+        ((("linear", 1.0),), "is no .kind, rate, until."),
+        ((("linear", "fast", "10 steps"),), "the rate 'fast' is no number"),
+        ((("linear", float("nan"), "10 steps"),), "the rate nan is no number"),
         ((("linear", 1.0, "soon"),), "can't read 'soon'"),
+        ((("linear", 1.0, "1.2.3 steps"),), "can't read '1.2.3 steps'"),
         ((("wavy", 1.0, "10 steps"),), "'wavy' is not one of linear, constant, cosine"),
     ],
 )
