@@ -2,6 +2,8 @@
 
 import errno
 import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -44,7 +46,5 @@ def test_a_config_that_is_no_python_is_one_line(tmp_path):
     command = [sys.executable, "-m", "llada_jax.train", f"--config={tmp_path / 'page.py'}", "--workdir=x"]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ended.returncode == 2
-    assert (
-        ended.stderr.strip()
-        == f"error: {tmp_path / 'page.py'}, line 3: not Python (invalid syntax); --config names a file of configs/"
-    )
+    place = f"{tmp_path / 'page.py'}, line 3"
+    assert ended.stderr == f"error: {place}: not Python (invalid syntax); --config names a file of configs/\n"
