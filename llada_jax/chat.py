@@ -36,13 +36,6 @@ from llada_jax.sampling import generate, options, prompts
 from llada_jax.sampling.cache import prepare
 from llada_jax.streams import stream
 
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "The workdir of a fine-tuning run, or a published checkpoint.")
-_GEN_LENGTH = flags.DEFINE_integer(
-    "gen_length", None, "Tokens of an answer, at most; default 128, less in a small model."
-)
-_SEED = flags.DEFINE_integer("seed", 0, "Of the sampling noise.", lower_bound=0, upper_bound=2**32 - 1)
-options.define_flags()
-
 _MASK = "▒"
 _COLOURS = ((0.3, "\33[31m"), (0.6, "\33[33m"), (0.9, "\33[36m"), (2.0, ""))  # red, yellow, cyan below; then plain
 _RESET, _DIM = "\33[0m", "\33[2m"
@@ -300,13 +293,13 @@ def _read(chat: Chat) -> None:
 
 
 def main(_argv: list[str]) -> None:
-    if not _CHECKPOINT.value:
+    if not flags.FLAGS.checkpoint:
         raise InputError("--checkpoint is needed: the --workdir of a fine-tuning run, or a published checkpoint")
-    directory = Path(_CHECKPOINT.value)
+    directory = Path(flags.FLAGS.checkpoint)
     if load_config(directory).get("objective", {}).get("name") == "autoregressive":
         raise InputError(f"{directory}: holds an autoregressive control; the diffusion sampler can't use it")
     tokenizer, c = load_tokenizer(hf.tokenizer_directory(directory)), hf.load_config(directory)
-    length = _GEN_LENGTH.value if _GEN_LENGTH.value is not None else default_gen_length(c)
+    length = flags.FLAGS.gen_length if flags.FLAGS.gen_length is not None else default_gen_length(c)
     settings = {"gen_length": length, "block_length": 32 if length % 32 == 0 else length} | options.of_flags()
     if not hf.is_instruct(directory):
         cli.say(f"{directory}: was not trained on dialogues, so expect continuations, not answers")
@@ -314,7 +307,7 @@ def main(_argv: list[str]) -> None:
     split = 1 if mesh is None else mesh.shape["tensor"]
     mesh = None if split == 1 else make_mesh(dict(data=1, fsdp=1, tensor=split, context=1), jax.devices()[:split])
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
-        chat = Chat(hf.load(directory, mesh=mesh), tokenizer, settings, _SEED.value)
+        chat = Chat(hf.load(directory, mesh=mesh), tokenizer, settings, flags.FLAGS.seed)
         chat._check(settings)
         chat.model = prepare(chat.model)
         if sys.stdin.isatty() and sys.stdout.isatty():
@@ -325,6 +318,10 @@ def main(_argv: list[str]) -> None:
 
 def command() -> None:
     """The console script llada-chat."""
+    flags.DEFINE_string("checkpoint", None, "The workdir of a fine-tuning run, or a published checkpoint.")
+    flags.DEFINE_integer("gen_length", None, "Tokens of an answer, at most; default 128, less in a small model.")
+    flags.DEFINE_integer("seed", 0, "Of the sampling noise.", lower_bound=0, upper_bound=2**32 - 1)
+    options.define_flags()
     cli.run(main)
 
 

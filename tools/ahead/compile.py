@@ -71,7 +71,7 @@ def compile_step(
     train.check(config, mesh.size)
     require_divides(model, mesh, config.data.row_length)
     start = time.perf_counter()
-    with jax.set_mesh(mesh), _compilation_cache(cache), tempfile.TemporaryDirectory() as dump:
+    with jax.set_mesh(mesh), caching_in(cache), tempfile.TemporaryDirectory() as dump:
         optax_optimizer, step_fn, _, notes = train.training_step(config, mesh)
         state, batch, key = abstract_arguments(config, model, optax_optimizer, mesh)
         sizes = dict(
@@ -101,7 +101,7 @@ def compile_step(
 
 
 @contextlib.contextmanager
-def _compilation_cache(directory: str | None) -> Iterator[None]:
+def caching_in(directory: str | None) -> Iterator[None]:
     """Executables go to `directory` only, or nowhere: one for absent devices can be written, but not read back."""
     wanted: dict[str, Any] = dict(jax_persistent_cache_min_compile_time_secs=0.0 if directory else float("inf"))
     if directory:

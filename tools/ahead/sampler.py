@@ -22,7 +22,7 @@ from llada_jax.model.transformer import Transformer, parameter_count
 from llada_jax.parallel.mesh import BATCH, make_mesh, require_divides
 from llada_jax.sampling import cache, denoise
 from llada_jax.tools.ahead import hlo, links
-from llada_jax.tools.ahead.compile import dumped
+from llada_jax.tools.ahead.compile import caching_in, dumped
 from llada_jax.tools.ahead.cost import Machine
 from llada_jax.tools.ahead.estimate import kernel_seconds
 from llada_jax.tools.ahead.slices import Slice, absent_devices
@@ -51,7 +51,7 @@ def compile_sampler(preset: str, topology: Slice, job: Job, weights_as: str = "b
     require_divides(model, mesh)
     rows = job.rows * mesh.shape["data"]
     start = time.perf_counter()
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), caching_in(None):
         weights = _weights(model, mesh, weights_as)
         caches = {name: _whole_program(weights, model, mesh, rows, job, name) for name in ("none", "two_block")}
         seconds = {
