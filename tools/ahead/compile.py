@@ -103,7 +103,10 @@ def compile_step(
 @contextlib.contextmanager
 def caching_in(directory: str | None) -> Iterator[None]:
     """Executables go to `directory` only, or nowhere: one for absent devices can be written, but not read back."""
-    wanted: dict[str, Any] = dict(jax_persistent_cache_min_compile_time_secs=0.0 if directory else float("inf"))
+    wanted: dict[str, Any] = dict(
+        jax_enable_compilation_cache=directory is not None,
+        jax_persistent_cache_min_compile_time_secs=0.0,
+    )
     if directory:
         wanted["jax_compilation_cache_dir"] = directory
     before = {name: getattr(jax.config, name) for name in wanted}
