@@ -243,7 +243,7 @@ def test_a_published_model_is_sampled_from_as_it_is_and_converted(tmp_path, caps
         (["llada_jax.train", "--config=configs/pretrain_tiny.py", "--config.train.stepz=3", "--workdir=w"], "stepz"),
         (["llada_jax.train", "--config=configs/pretrain_tiny.py", "--config.train.steps=many", "--workdir=w"], "many"),
         (["llada_jax.train", "--config=configs/none.py", "--workdir=w"], "configs/none.py"),
-        (["llada_jax.train", "--config=configs/pretrain_tiny.py", "--workdir=gs://b/w"], "mount the bucket"),
+        (["llada_jax.train", "--config=configs/pretrain_tiny.py", "--workdir=gs://b/w"], "is no gs://BUCKET/NAME"),
         (["llada_jax.train", "--speed=11"], "Unknown command line flag 'speed'"),
         (["llada_jax.sample", "--prompt=x"], "--checkpoint is needed"),
         (["llada_jax.sample", "--prompt=x", "--checkpoint=nowhere"], "nowhere: no config.json"),
