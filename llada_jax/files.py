@@ -364,7 +364,7 @@ def _make_sibling(output: Path, exist_ok: bool = False) -> Path:
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         for left in output.parent.glob(f"{glob.escape(owner)}*"):
-            if not _is_alive(left.name.removeprefix(owner)):
+            if not is_alive(left.name.removeprefix(owner)):
                 shutil.rmtree(left, ignore_errors=True)
         directory = output.parent / f"{owner}{os.getpid()}"
         directory.mkdir(exist_ok=exist_ok)
@@ -374,10 +374,11 @@ def _make_sibling(output: Path, exist_ok: bool = False) -> Path:
     return directory
 
 
-def _is_alive(pid: str) -> bool:
+def is_alive(pid: int | str) -> bool:
+    """Whether a process of this machine lives; False for what is no process id."""
     try:
         os.kill(int(pid), 0)
-    except (ProcessLookupError, ValueError):
+    except (ProcessLookupError, OverflowError, TypeError, ValueError):
         return False
     except PermissionError:  # someone else's, so it lives
         return True

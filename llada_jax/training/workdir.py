@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from llada_jax import cli
 from llada_jax.config import RunConfig, check_config, differences, run_config
 from llada_jax.fields import InputError, RunFailed
-from llada_jax.files import read_json, write_atomic
+from llada_jax.files import is_alive, read_json, write_atomic
 from llada_jax.interop.workdir import load_config, saved_steps
 from llada_jax.storage import buckets
 from llada_jax.storage.mirror import Workdir
@@ -112,7 +112,7 @@ class Lease:
     def _is_gone(self, other: dict[str, Any]) -> bool:
         """Whether the run that wrote a lease lives no more. One on another machine is watched for a while."""
         if other["machine"] == self._own["machine"]:
-            return not _is_alive(other["pid"])
+            return not is_alive(other["pid"])
         if abs(time.time() - other["time"]) > 10 * LEASE_SECONDS:  # no clock is that wrong
             return True
         cli.say(f"{self._workdir}: looking for {LEASE_SECONDS:.0f} s whether the run on {other['host']} still lives")
@@ -131,16 +131,6 @@ def _machine() -> str:
         return f"{socket.gethostname()} {boot} {os.readlink('/proc/self/ns/pid')}"
     except OSError:  # no Linux
         return socket.gethostname()
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError, TypeError):
-        return False
-    except PermissionError:  # someone else's, so it lives
-        return True
-    return True
 
 
 def begun(home: Workdir, config: RunConfig) -> dict[str, Any] | None:

@@ -105,6 +105,11 @@ def _weights(model: ModelConfig, mesh, weights_as: str) -> Any:
     )
 
 
+def _of_rows(mesh, *shape: int, dtype=jnp.int32) -> Any:
+    """An array whose first axis, the rows, is split over the copies of the model."""
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P(BATCH, *[None] * (len(shape) - 1))))
+
+
 def _on(mesh, x, *axes) -> Any:
     spec = x.sharding.spec if not axes and x.sharding is not None else P(*axes)
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
@@ -113,22 +118,17 @@ def _on(mesh, x, *axes) -> Any:
 def _whole_program(weights, model: ModelConfig, mesh, rows: int, job: Job, name: str) -> int:
     """Bytes that it takes on a device, weights and keys included."""
     S = job.prompt_length + job.gen_length
-    rows_of: Any = lambda shape, dtype: jax.ShapeDtypeStruct(
-        shape, dtype, sharding=NamedSharding(mesh, P(BATCH, *[None] * (len(shape) - 1)))
-    )
     one: Any = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P()))
     key: Any = jax.eval_shape(lambda: jax.random.key(0))
     numbers: dict[str, Any] = {
         **dict.fromkeys(("start", "steps", "refresh", "mask_id", "eos_id", "banned_id"), one(jnp.int32)),
         **dict.fromkeys(("limit", "temperature", "cfg_scale"), one(jnp.float32)),
     }
-    settings = denoise.Settings(
-        **numbers, last_ids=one(jnp.int32, 2), key=_on(mesh, key), rows=rows_of((rows,), jnp.int32)
-    )
+    settings = denoise.Settings(**numbers, last_ids=one(jnp.int32, 2), key=_on(mesh, key), rows=_of_rows(mesh, rows))
     program = denoise.Program(
         job.block_length, name, "quota", "low_confidence", guided=False, growing=False, stops=False, left=0, width=0
     )
-    canvas, visible = rows_of((rows, S), jnp.int32), rows_of((rows, S), jnp.bool_)
+    canvas, visible = _of_rows(mesh, rows, S), _of_rows(mesh, rows, S, dtype=jnp.bool_)
     memory: Any = denoise.run.lower(weights, canvas, visible, program, settings).compile().memory_analysis()
     return int(
         memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
@@ -139,9 +139,6 @@ def _whole_program(weights, model: ModelConfig, mesh, rows: int, job: Job, name:
 def _passes(weights, mesh, rows: int, job: Job) -> dict[str, tuple[Any, tuple]]:
     """(function, abstract arguments) of a pass over the canvas and one over a block beside what was kept."""
     S, W, c = job.prompt_length + job.gen_length, job.block_length, weights.config
-    of_rows = lambda *shape, dtype=jnp.int32: jax.ShapeDtypeStruct(
-        shape, dtype, sharding=NamedSharding(mesh, P(BATCH, *[None] * (len(shape) - 1)))
-    )
     keys = jax.ShapeDtypeStruct(
         (c.n_layers, rows, c.n_kv_heads, S, c.head_dim), jnp.bfloat16,
         sharding=NamedSharding(mesh, P(None, BATCH, "tensor", None, None)),
@@ -156,10 +153,16 @@ def _passes(weights, mesh, rows: int, job: Job) -> dict[str, tuple[Any, tuple]]:
         return _best(w, hidden_BWD)
 
     return {
-        "full": (full, (weights, of_rows(rows, S), of_rows(rows, S), of_rows(rows, S))),
+        "full": (full, (weights, _of_rows(mesh, rows, S), _of_rows(mesh, rows, S), _of_rows(mesh, rows, S))),
         "window": (
             window,
-            (weights, of_rows(rows, W), of_rows(rows, W), (keys, keys), of_rows(rows, S, dtype=jnp.bool_)),
+            (
+                weights,
+                _of_rows(mesh, rows, W),
+                _of_rows(mesh, rows, W),
+                (keys, keys),
+                _of_rows(mesh, rows, S, dtype=jnp.bool_),
+            ),
         ),
     }
 
