@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from llada_jax.parallel.mesh import gather_fsdp
+from llada_jax.parallel.mesh import gather_fsdp, platform
 
 # The products of a block: its input, the weight (outputs first) and the output. B batch, L length, D model width,
 # N query heads, K key heads, H head size, F MLP width.
@@ -35,13 +35,29 @@ def product(x: jax.Array, weight: nnx.Param | Int8, letters: str, dtype, out) ->
     A scale belongs to an output channel, so it multiplies the result: no decoded weight is ever stored.
     """
     if not isinstance(weight, Int8):
-        return jnp.einsum(letters, x, gather_fsdp(weight, dtype), out_sharding=out)
+        return times(x, gather_fsdp(weight, dtype), letters, out)
     values = gather_fsdp(weight.values, jnp.int8).astype(dtype)  # gathered as bytes
-    y = jnp.einsum(letters, x, values, out_sharding=out)
+    y = times(x, values, letters, out)
     (inputs, _), outputs = letters.split("->")[0].split(","), letters.split("->")[1]
     scale = gather_fsdp(weight.scale, dtype)
     missing = [i for i, letter in enumerate(outputs[1:]) if letter in inputs]  # axes of y that the scale lacks
     return y * jnp.expand_dims(scale, missing)
+
+
+def times(x: jax.Array, weight: jax.Array, letters: str, out, dtype=None) -> jax.Array:
+    """einsum(letters, x, weight), where the contracted axes are the last ones of the weight.
+
+    On one CPU device as weight · xᵀ: XLA's products of 32 columns (a sampler's window) are 1.3 times as fast so.
+    """
+    if out is not None or platform() != "cpu":
+        return jnp.einsum(letters, x, weight, out_sharding=out, preferred_element_type=dtype)
+    (inputs, weights), outputs = letters.split("->")[0].split(","), letters.split("->")[1]
+    inner, outer = ("".join(a for a in weights if (a in inputs) == contracted) for contracted in (True, False))
+    columns = "".join(a for a in inputs if a not in inner)
+    y = jnp.tensordot(
+        weight, jnp.einsum(f"{inputs}->{inner}{columns}", x), axes=len(inner), preferred_element_type=dtype
+    )
+    return jnp.einsum(f"{outer}{columns}->{outputs}", y)
 
 
 def inner_axes(name: str) -> int:

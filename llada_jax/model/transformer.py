@@ -219,5 +219,6 @@ def rope(x_BNLH: jax.Array, theta: float, positions: jax.Array | None = None) ->
     if angle_xLh.ndim == 3:
         angle_xLh = angle_xLh[:, None]
     cos, sin = jnp.cos(angle_xLh), jnp.sin(angle_xLh)
-    a, b = jnp.split(x_BNLH.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BNLH.dtype)
+    cos_xLH, sin_xLH = jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)
+    x32 = x_BNLH.astype(jnp.float32)
+    return (x32 * cos_xLH + jnp.roll(x32, H // 2, axis=-1) * sin_xLH).astype(x_BNLH.dtype)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from llada_jax.model.attention import Past
 from llada_jax.model.masks import FULL, Mask
-from llada_jax.model.quantize import is_quantized
+from llada_jax.model.quantize import is_quantized, times
 from llada_jax.model.transformer import Block, Transformer, own_mask
 from llada_jax.parallel.mesh import BATCH, current_mesh, gather_fsdp, platform, reshard, spec
 
@@ -106,10 +106,8 @@ def write_window(keys: Keys, new: Keys, first: jax.Array) -> Keys:
 
 def logits(w: Weights, hidden_BWD: jax.Array) -> jax.Array:
     """float32 [B, W, V]."""
-    return jnp.einsum(
-        "BWD,VD->BWV", hidden_BWD, w.head_VD.astype(hidden_BWD.dtype), preferred_element_type=jnp.float32,
-        out_sharding=spec(BATCH),
-    )  # fmt: skip
+    head_VD = w.head_VD.astype(hidden_BWD.dtype)
+    return times(hidden_BWD, head_VD, "BWD,VD->BWV", spec(BATCH), jnp.float32)
 
 
 def _over_layers(layer, x, layers, *more):

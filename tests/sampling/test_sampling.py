@@ -138,8 +138,8 @@ def test_sampling_follows_the_tempered_softmax(temperature):
 def test_the_far_tail_can_be_drawn():
     """A token 18 logits below the best among 126,463 like it: 0.19% right, never drawn by ordinary float32 noise."""
     logits = jnp.full((1, 64, 126_464), -18.0).at[..., 0].set(0.0)
-    other = sum(int((rules.sample_tokens(jax.random.key(i), logits, 1.0) != 0).sum()) for i in range(24))
-    assert 0 < other < 12  # 2.9 expected of 1,536
+    other = sum(int((rules.sample_tokens(jax.random.key(i), logits, 1.0) != 0).sum()) for i in range(8))
+    assert 0 < other < 8  # 1.0 expected of 512; ordinary noise gives none for any key
 
 
 def test_confidence_neither_saturates_nor_ties():
