@@ -47,7 +47,7 @@ def product(x: jax.Array, weight: nnx.Param | Int8, letters: str, dtype, out) ->
 def times(x: jax.Array, weight: jax.Array, letters: str, out, dtype=None) -> jax.Array:
     """einsum(letters, x, weight), where the contracted axes are the last ones of the weight.
 
-    On one CPU device as weight · xᵀ: XLA's products of 32 columns (a sampler's window) are 1.3 times as fast so.
+    On one CPU device as weight · xᵀ: XLA's products of 32 columns (a window of a sampler) are 1.3 times as fast so.
     """
     if out is not None or platform() != "cpu":
         return jnp.einsum(letters, x, weight, out_sharding=out, preferred_element_type=dtype)

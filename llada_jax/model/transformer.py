@@ -218,7 +218,9 @@ def rope(x_BNLH: jax.Array, theta: float, positions: jax.Array | None = None) ->
     angle_xLh = positions.astype(jnp.float32)[..., None] * frequency
     if angle_xLh.ndim == 3:
         angle_xLh = angle_xLh[:, None]
-    cos, sin = jnp.cos(angle_xLh), jnp.sin(angle_xLh)
-    cos_xLH, sin_xLH = jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)
-    x32 = x_BNLH.astype(jnp.float32)
-    return (x32 * cos_xLH + jnp.roll(x32, H // 2, axis=-1) * sin_xLH).astype(x_BNLH.dtype)
+    cos, sin, x32 = jnp.cos(angle_xLh), jnp.sin(angle_xLh), x_BNLH.astype(jnp.float32)
+    if platform() == "cpu":  # a roll is 4 to 9 times as fast there; on v5e and v6e a step would take 0.6% more
+        turned = jnp.roll(x32, H // 2, axis=-1) * jnp.concatenate([-sin, sin], axis=-1)
+        return (x32 * jnp.concatenate([cos, cos], axis=-1) + turned).astype(x_BNLH.dtype)
+    a, b = jnp.split(x32, 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BNLH.dtype)
