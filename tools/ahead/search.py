@@ -78,4 +78,4 @@ def _line(result: dict[str, Any]) -> str:
     size = f"{result['bytes_per_chip'] / 2**30:.1f} GiB"
     if not result["fits"]:
         return f"does not fit ({size})"
-    return f"MFU {result['estimated_mfu']:.1%}, {result['estimated_step_seconds']:.2f} s, {size}"
+    return f"MFU {result['estimated_mfu']:.0%}, {result['estimated_step_seconds']:.2g} s, {size}"
