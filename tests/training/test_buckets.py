@@ -18,7 +18,8 @@ import bucket_servers
 import numpy as np
 import pytest
 
-from llada_jax.data import dataset
+from llada_jax.data import dataset, prepare, sources
+from llada_jax.data.tokenizer import load_tokenizer
 from llada_jax.fields import InputError, RunFailed
 from llada_jax.files import write_atomic
 from llada_jax.interop import hf
@@ -269,6 +270,25 @@ def test_prepared_data_of_a_bucket_is_copied_once_and_compared_with_its_checksum
     with pytest.raises(InputError, match=rf"^{bucket}/{shard}: not as manifest.json says; prepare or copy it again$"):
         mirror.copied(bucket, run.data.cache_dir)
     assert not copy.exists()
+
+
+def test_data_is_prepared_into_a_bucket_and_found_there_again(proxies, trained, bucket, tmp_path):
+    texts = [sources.couplet_text(a, b) for a, b, _ in sources.couplets()[:40]]
+    tokenizer = load_tokenizer(trained / "tokenizer")
+
+    def prepared(place, row_length=32):
+        settings = dict(row_length=row_length, validation_fraction=0.2, workers=1, progress=False)
+        return prepare.prepare_dataset(place, items=texts, tokenizer=tokenizer, **settings)
+
+    manifest = prepared(bucket)
+    assert manifest["shards"] == prepared(tmp_path / "here")["shards"]
+    before = buckets.files_below(buckets.path_of(bucket))
+    assert {"manifest.json", "validation/manifest.json"} < before.keys()
+    assert prepared(bucket) == manifest and buckets.files_below(buckets.path_of(bucket)) == before
+    with pytest.raises(InputError, match=rf"^{bucket}: holds another preparation"):
+        prepared(bucket, row_length=64)
+    with pytest.raises(InputError, match=rf"^{bucket}/\*: text is prepared from files of this machine"):
+        sources.expand_files(f"{bucket}/*")
 
 
 @pytest.mark.slow
