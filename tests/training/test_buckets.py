@@ -11,8 +11,9 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from http import HTTPStatus
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import bucket_servers
 import numpy as np
@@ -156,6 +157,48 @@ def test_a_bucket_that_is_away_during_a_save_costs_that_save_and_is_one_event(
     assert "goes on with the checkpoints before" in event["action"]
     assert steps(bucket) == [2, 6] and bits(bucket, tmp_path) == digest(trained)[1]
     assert metrics(bucket) == kill_test.metrics(trained)
+
+
+@pytest.mark.slow
+def test_a_bucket_that_is_away_for_a_minute_between_two_saves_costs_nothing(
+    proxies, make_run, trained, bucket, monkeypatch, tmp_path
+):
+    """A minute by the clock, from the first file that is brought there before checkpoint 4."""
+    push, back = mirror.Workdir.push, []
+
+    def pushing(self):
+        if steps(bucket) == [2] and not back:
+            back.append(time.monotonic() + 60)
+        push(self)
+
+    monkeypatch.setattr(mirror.Workdir, "push", pushing)
+    is_away = lambda *_: HTTPStatus.SERVICE_UNAVAILABLE if back and time.monotonic() < back[0] else None
+    with proxies["gs"].faulty(is_away):
+        train.train(make_run(steps=6), bucket)
+    assert time.monotonic() > back[0] and not events(bucket)
+    assert steps(bucket) == [2, 4, 6] and bits(bucket, tmp_path) == digest(trained)[1]
+
+
+@pytest.mark.parametrize("seconds, is_reached", [(60, True), (100, True), (125, False)])
+def test_a_bucket_may_be_away_for_over_a_minute(monkeypatch, seconds, is_reached):
+    """By a clock of this test, which only waiting moves."""
+    clock = types.SimpleNamespace(
+        now=0.0, monotonic=lambda: clock.now, sleep=lambda s: setattr(clock, "now", clock.now + s)
+    )
+
+    def cat_file(_):
+        if clock.now < seconds:
+            raise OSError("503 Service Unavailable")
+        return b"there"
+
+    monkeypatch.setattr(buckets, "time", clock)
+    monkeypatch.setattr(buckets, "_file_system", lambda scheme: types.SimpleNamespace(cat_file=cat_file))
+    if is_reached:
+        assert buckets.read(PurePosixPath("gs://runs/a")) == b"there"
+    else:
+        with pytest.raises(RunFailed, match="gs:/runs/a: cannot be reached .503"):
+            buckets.read(PurePosixPath("gs://runs/a"))
+        assert clock.now <= buckets.PATIENCE_SECONDS
 
 
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
