@@ -3,7 +3,7 @@
 from typing import Any
 
 ERROR = "± 15%"  # of each estimate of time: how far published runs lie from it (calibration.py)
-_UNITS = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+_UNITS = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
 def describe(found: dict[str, Any]) -> str:
