@@ -93,7 +93,7 @@ class Board:
 
 @contextlib.contextmanager
 def _no_torch() -> Iterator[None]:
-    """While it is open, PyTorch is not found: where that is installed tensorboardX imports it, for a type of arrays that
+    """While it is open, PyTorch is not found: where that is installed tensorboardX imports it, for a type of array that
     it is never given here, and that takes three seconds."""
     if "torch" in sys.modules:
         yield
