@@ -14,6 +14,7 @@ import time
 import types
 from http import HTTPStatus
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import bucket_servers
 import numpy as np
@@ -320,7 +321,7 @@ def test_data_is_prepared_into_a_bucket_and_found_there_again(proxies, trained, 
     tokenizer = load_tokenizer(trained / "tokenizer")
 
     def prepared(place, row_length=32):
-        settings = dict(row_length=row_length, validation_fraction=0.2, workers=1, progress=False)
+        settings: dict[str, Any] = dict(row_length=row_length, validation_fraction=0.2, workers=1, progress=False)
         return prepare.prepare_dataset(place, items=texts, tokenizer=tokenizer, **settings)
 
     manifest = prepared(bucket)
