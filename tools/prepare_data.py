@@ -17,7 +17,7 @@ from llada_jax.data import KINDS, kind, packing, prepare, sources
 from llada_jax.data.tokenizer import load_tokenizer
 
 FILES = flags.DEFINE_list("files", None, "Comma-separated globs or embedded sources.", required=True)
-OUTPUT = flags.DEFINE_string("output", None, "Directory to make.", required=True)
+OUTPUT = flags.DEFINE_string("output", None, "Directory to make, also gs://BUCKET/NAME or s3://.", required=True)
 TOKENIZER = flags.DEFINE_string("tokenizer", None, "File or directory of the tokenizer.", required=True)
 KIND = flags.DEFINE_enum("kind", "text", list(KINDS), "Running text or dialogues.")
 ROW_LENGTH = flags.DEFINE_integer("row_length", 4096, "Tokens of a row.", lower_bound=2, upper_bound=kind.LONGEST_ROW)

@@ -17,6 +17,7 @@ from absl import flags
 
 from llada_jax import cli
 from llada_jax.fields import InputError
+from llada_jax.storage.buckets import is_bucket
 
 MASK = "▒"
 SMOOTH, RAW = "1_loss/smooth_elbo_nats_per_token", "1_loss/loss"
@@ -30,6 +31,8 @@ def render(workdir: str | Path) -> Path:
 
     Raises InputError if report.json, or the metrics.jsonl of a run it names, is missing or broken.
     """
+    if is_bucket(workdir):
+        raise InputError(f"{workdir}: the report is made on the machine of the quickstart; give its directory there")
     workdir = Path(workdir)
     report = _read_report(workdir / "report.json")
     runs = {name: _read_metrics(workdir / run / "metrics.jsonl") for name, run in report.get("runs", {}).items()}

@@ -34,6 +34,7 @@ from llada_jax.data.kind import LONGEST_ROW, OVERLONG, Encoded, Plan
 from llada_jax.data.tokenizer import Tokenizer
 from llada_jax.fields import InputError
 from llada_jax.files import atomic_directory, hash_file
+from llada_jax.storage import mirror
 
 _CHUNK_CHARACTERS = 2**18  # the unit of work of one process: a fraction of a second
 _FEW_CHUNKS = 8  # less than that many are encoded without starting processes
@@ -66,24 +67,29 @@ def prepare_dataset(
     `packing` and `documents` (what a document of a text file is) concern kind "text"; `overlong`
     ("error" or "drop", for rows of more than `row_length` tokens) kind "chat". A share
     `validation_fraction` of the documents goes to `output/validation`, a dataset of the same form.
-    The rows do not depend on `workers`. An existing `output` is kept if it is the same preparation.
+    The rows do not depend on `workers`. An existing `output` is kept if it is the same preparation. For an `output` in
+    a bucket (gs://, s3://) they are written on this machine, then brought there.
     Raises InputError for whatever a user can get wrong, and then leaves nothing behind.
     """
     shard_rows = rows_per_shard or max(1, _SHARD_BYTES // (8 * row_length)) if row_length > 0 else 1
     plan = Plan(kind, row_length, packing, documents, overlong, validation_fraction, shard_rows)
     _check(plan)
     stream, described = _open_sources(plan, files, items)
-    output = Path(sources.check_unicode(os.fspath(output), f"{str(output)!r}, the name of the output"))
+    output = sources.check_unicode(os.fspath(output), f"{str(output)!r}, the name of the output")
     fingerprint = _fingerprint(plan, tokenizer, described)
-    manifest = _existing(output, fingerprint, described)
-    if manifest is not None:
+    with mirror.opened(output) as place:
+        place.fetch()
+        manifest = _existing(place, fingerprint, described)
+        if manifest is not None:
+            return manifest
+        with atomic_directory(place.local) as directory, _progress_bar(described, progress) as bar:
+            shared = {"preparation": fingerprint, "sources": described}
+            encode = functools.partial(_encode_chunk, plan, tokenizer, KINDS[kind].encode)
+            encoded = _encoded_in_order(encode, _chunks(stream), workers or os.cpu_count() or 1)
+            with contextlib.closing(encoded):  # stops the processes, also after a failure
+                manifest = _write(directory, plan, tokenizer, encoded, shared, bar)
+        place.push()
         return manifest
-    with atomic_directory(output) as directory, _progress_bar(described, progress) as bar:
-        shared = {"preparation": fingerprint, "sources": described}
-        encode = functools.partial(_encode_chunk, plan, tokenizer, KINDS[kind].encode)
-        encoded = _encoded_in_order(encode, _chunks(stream), workers or os.cpu_count() or 1)
-        with contextlib.closing(encoded):  # stops the processes, also after a failure
-            return _write(directory, plan, tokenizer, encoded, shared, bar)
 
 
 def _check(plan: Plan) -> None:
@@ -145,13 +151,14 @@ def _fingerprint(plan: Plan, tokenizer: Tokenizer, described: list[dict[str, Any
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def _existing(output: Path, fingerprint: str | None, described: list | None) -> dict[str, Any] | None:
+def _existing(output: mirror.Workdir, fingerprint: str | None, described: list | None) -> dict[str, Any] | None:
     """The manifest of `output` if it is the same preparation, None if there is nothing yet."""
-    if not os.path.exists(output) or (output.is_dir() and not any(output.iterdir())):
+    directory = output.local
+    if not os.path.exists(directory) or (directory.is_dir() and not any(directory.iterdir())):
         return None
-    if not os.path.exists(output / "manifest.json"):
+    if not os.path.exists(directory / "manifest.json"):
         raise InputError(f"{output}: exists and is no prepared dataset; choose another place")
-    manifest = read_manifest(output)
+    manifest = read_manifest(directory)
     if fingerprint is None or manifest.get("preparation") != fingerprint:
         if changed := _changed_sources(manifest.get("sources"), described):
             raise InputError(

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from llada_jax.fields import InputError
 from llada_jax.files import require_file
+from llada_jax.storage.buckets import is_bucket
 
 EMBEDDED = ("couplets", "python_reference")  # names that stand where a file may
 COUPLETS = Path(__file__).with_name("couplets.tsv")
@@ -33,6 +34,8 @@ def expand_files(patterns: str | Sequence[str]) -> list[str]:
         patterns = patterns.split(",")
     found = set()
     for pattern in filter(None, (str(pattern).strip() for pattern in patterns)):
+        if is_bucket(pattern):
+            raise InputError(f"{pattern}: text is prepared from files of this machine; copy or mount the bucket first")
         # A name is tried as it stands first: brackets are common in file names.
         is_name = pattern in EMBEDDED or os.path.exists(pattern)  # False for names that no file can have, too
         matches = [pattern] if is_name else glob.glob(pattern, recursive=True)

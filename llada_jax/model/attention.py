@@ -157,9 +157,7 @@ def _splash(q_BNLH, k_BKSH, v_BKSH, mask: Mask, shard, shards: int, *, interpret
     """Forward and fused backward kernel. Rows that no block divides are padded here, with keys that nothing sees."""
     _, N, L, H = q_BNLH.shape
     S = k_BKSH.shape[2]
-    # 1024 x 2048 in bfloat16: the largest that fit into the 16 MiB of VMEM which every chip gives a kernel without
-    # compiler options. 2048 x 2048 would take 3% (v5p) to 5% (v6e) fewer instruction bundles, 1024 x 1024 11% more.
-    block_q, block_kv = _block(L, 2048 // q_BNLH.dtype.itemsize), _block(S, 4096 // q_BNLH.dtype.itemsize)
+    block_q, block_kv = splash_blocks(L, S, q_BNLH.dtype.itemsize)
     more_L, more_S = -L % block_q, -S % block_kv
     ids_BL, ids_BS = mask.segment_ids, mask.key_segment_ids
     if ids_BS is None and more_S:
@@ -217,6 +215,15 @@ def _splash_kernel(heads, length, queries, keys, block_q, block_kv, kind, shard,
         return jax.lax.dynamic_slice_in_dim(x, shard * size, size, axis)
 
     return jax.tree.map(mine, kernel)
+
+
+def splash_blocks(queries: int, keys: int, itemsize: int) -> tuple[int, int]:
+    """Queries and keys of a block of scores; itemsize: bytes of an element.
+
+    1024 x 2048 in bfloat16: the largest that fit into the 16 MiB of VMEM which every chip gives a kernel without
+    compiler options. 2048 x 2048 would take 3% (v5p) to 5% (v6e) fewer instruction bundles, 1024 x 1024 11% more.
+    """
+    return _block(queries, 2048 // itemsize), _block(keys, 4096 // itemsize)
 
 
 def _block(length: int, most: int) -> int:

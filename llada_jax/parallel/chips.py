@@ -1,7 +1,10 @@
 """What each chip can do and how programs are compiled for it: peaks, memory, links, compiler options.
 
 Sources: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x} and NVIDIA's data sheets for peaks and memory;
-jax-ml.github.io/scaling-book for one-way link speeds; the compiler's own messages for the memory that programs can use.
+jax-ml.github.io/scaling-book for one-way speeds of links and of the way to the host; the compiler's own messages for
+the memory that programs can use. Shares of the links' peak that were measured: 95% on v5e (scaling-book, sharding); 65%
+on v6e-256 (a sum of 0.6 GB at 236 of 360 GB/s) and 89% on 7x (a gather at 179 of 200 GB/s), both in microbenchmarks/ of
+AI-Hypercomputer/tpu-recipes, c8cfe2f6. None is known of v4 and v5p: 90% is assumed there.
 """
 
 import dataclasses
@@ -68,7 +71,9 @@ class Tpu(Chip):
     clock: float  # of the TensorCore: turns the compiler's estimated cycles into seconds
     memory: float  # HBM that a program can use, of one device (the compiler's "available HBM")
     memory_bandwidth: float
-    link: float  # one ICI link, one way
+    link: float  # one ICI link, one way, peak
+    link_share: float  # of that, what large collectives reach
+    host: float  # between a chip and its host, one way
     dimensions: int  # of the torus
     network: float  # data-center network (DCN), one way
     attention: float  # assumed share of peak that the splash kernel reaches; see tools/ahead/estimate.py
@@ -84,16 +89,20 @@ TPUS = {
     chip.name: chip
     for chip in (
         Tpu("v4", "TPU v4", 275e12, _WINDOWED_EINSUM_OFF, clock=1.05e9, memory=30.75 * GIB, memory_bandwidth=1.23e12,
-            link=45e9, dimensions=3, network=6.25e9, attention=0.55, counts_cores=True, max_chips=4096),
+            link=45e9, link_share=0.9, host=16e9, dimensions=3, network=6.25e9, attention=0.55, counts_cores=True,
+            max_chips=4096),
         Tpu("v5e", "TPU v5 lite", 197e12, {**_vmem(32), **_WINDOWED_EINSUM_OFF}, clock=1.5e9, memory=15.75 * GIB,
-            memory_bandwidth=0.82e12, link=45e9, dimensions=2, network=3.125e9, attention=0.55),
+            memory_bandwidth=0.82e12, link=45e9, link_share=0.95, host=16e9, dimensions=2, network=3.125e9,
+            attention=0.55),
         Tpu("v5p", "TPU v5", 459e12, _V5P, clock=1.75e9, memory=95.73 * GIB, memory_bandwidth=2.765e12, link=90e9,
-            dimensions=3, network=6.25e9, attention=0.55, counts_cores=True, max_chips=6144),
+            link_share=0.9, host=16e9, dimensions=3, network=6.25e9, attention=0.55, counts_cores=True, max_chips=6144),
         Tpu("v6e", "TPU v6 lite", 918e12, _V6E, clock=1.75e9, memory=31.24 * GIB, memory_bandwidth=1.64e12, link=90e9,
-            dimensions=2, network=12.5e9, attention=0.35),
-        # The clock follows from the peak, as it does for the others: four 256 x 256 units a core.
+            link_share=0.65, host=32e9, dimensions=2, network=12.5e9, attention=0.25),
+        # The clock follows from the peak, as it does for the others: four 256 x 256 units a core. The speed to the host
+        # is not published: that of v6e.
         Tpu("tpu7x", "TPU7x", 2307e12, _7X, devices=2, clock=2.2e9, memory=94.74 * GIB, memory_bandwidth=7.38e12,
-            link=90e9, dimensions=3, network=12.5e9, attention=0.35, counts_cores=True, max_chips=9216),
+            link=100e9, link_share=0.89, host=32e9, dimensions=3, network=12.5e9, attention=0.35, counts_cores=True,
+            max_chips=9216),
     )
 }  # fmt: skip
 _GPUS = (

@@ -59,6 +59,8 @@ def joined(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
 
     @functools.wraps(main)
     def run(argv: list[str]) -> None:
+        # Where a cache of programs is named, it keeps quickly compiled ones, too: JAX leaves out those below a second.
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
         if not _is_one_of_several():
             _require_alone()
             return main(argv)

@@ -4,10 +4,13 @@ A full disk delays metrics.jsonl; `flush`, which comes before a checkpoint, rais
 a copy for the eyes: what it misses while the disk is full is in metrics.jsonl.
 """
 
+import contextlib
 import errno
 import json
 import os
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from llada_jax.files import write_atomic
@@ -54,9 +57,10 @@ class Board:
     """
 
     def __init__(self, workdir: Path, first_step: int):
-        from tensorboardX import summary  # here, because it imports PyTorch where that is installed: 3 seconds
-        from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
+        with _no_torch():
+            from tensorboardX import summary
+            from tensorboardX.event_file_writer import EventsWriter
+            from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
 
         self._event, self._summary = Event, summary
         self._open = lambda: EventsWriter(str(workdir / "events"), f".{os.getpid()}.{time.monotonic_ns()}")
@@ -85,6 +89,20 @@ class Board:
         except OSError as error:  # a record may be cut off here: the next one begins a new file
             self._writer = None
             warn_once(f"TensorBoard's file: {error.strerror}; a new one is begun when there is room")
+
+
+@contextlib.contextmanager
+def _no_torch() -> Iterator[None]:
+    """While it is open, PyTorch is not found: where that is installed tensorboardX imports it, for a type of array that
+    it is never given here, and that takes three seconds."""
+    if "torch" in sys.modules:
+        yield
+        return
+    sys.modules["torch"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules["torch"]
 
 
 def _move_aside(path: Path) -> None:

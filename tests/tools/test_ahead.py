@@ -10,6 +10,7 @@ from llada_jax.fields import InputError
 from llada_jax.parallel.chips import TPUS
 from llada_jax.tools.ahead import cost, hlo, links, slices
 
+V5E_LINK = 0.95 * 45e9  # bytes/s, one way: the share of the peak that was measured
 PROGRAM = (Path(__file__).parents[1] / "golden" / "scheduled.hlo").read_text()  # in the style of a dump, by hand
 
 
@@ -17,7 +18,9 @@ def run(program=PROGRAM, seconds=1e-3):
     parsed = hlo.parse(program)
     return cost.Machine(
         parsed, clock=1e6, bandwidth=1e12,
-        transfer=lambda kind, payload, group: links.Transfer(kind, tuple(map(str, group)), payload, seconds, 0.0),
+        transfer=lambda kind, payload, group: links.Transfer(
+            kind, tuple(map(str, group)), payload, *((seconds, 0.0) if group else (0.0, 0.0, seconds))
+        ),
         kernel=lambda i: 0.5, loop_trips=lambda i: 1.0, devices=4,
     ).run()  # fmt: skip
 
@@ -36,6 +39,38 @@ def test_a_loop_multiplies_and_an_early_start_hides():
 def test_what_the_links_have_no_time_for_costs_nothing():
     found = run(seconds=0.0)
     assert found.seconds == pytest.approx(sum(found.work.values()))
+
+
+OFFLOADED = """
+%product (a: bf16[1,8,128]) -> bf16[1,8,128] {
+  %a = bf16[1,8,128]{2,1,0} parameter(0)
+  ROOT %dot.1 = bf16[1,8,128]{2,1,0} dot(%a, %a)
+}
+
+ENTRY %main (x: bf16[4,8,128]) -> bf16[1,8,128] {
+  %x = bf16[4,8,128]{2,1,0:T(8,128)(2,1)S(5)} parameter(0)
+  %y = bf16[1,8,128]{2,1,0} parameter(1)
+  %zero = s32[] constant(0)
+  %put = ((bf16[4,8,128]{2,1,0:T(8,128)(2,1)S(5)}, bf16[1,8,128]{2,1,0:T(8,128)(2,1)}, s32[]), \
+bf16[4,8,128]{2,1,0:T(8,128)(2,1)S(5)}, u32[]{:S(2)}) async-start(%x, %y, %zero), calls=%update
+  %get = ((bf16[4,8,128]{2,1,0:T(8,128)(2,1)S(5)}, s32[]), bf16[1,8,128]{2,1,0:T(8,128)(2,1)}, \
+u32[]{:S(2)}) async-start(%x, %zero), calls=%slice
+  %whole = (bf16[4,8,128]{2,1,0:T(8,128)(2,1)}, bf16[4,8,128]{2,1,0:T(8,128)(2,1)S(5)}, u32[]{:S(2)}) copy-start(%x)
+  %near = (bf16[1,8,128]{2,1,0:T(8,128)S(1)}, bf16[1,8,128]{2,1,0:T(8,128)}, u32[]{:S(2)}) copy-start(%y)
+  %work = bf16[1,8,128]{2,1,0} fusion(%y), kind=kOutput, calls=%product, backend_config={"estimated_cycles":"1500"}
+  %put.done = bf16[4,8,128]{2,1,0:T(8,128)(2,1)S(5)} async-done(%put)
+  %get.done = bf16[1,8,128]{2,1,0:T(8,128)(2,1)} async-done(%get)
+  ROOT %whole.done = bf16[4,8,128]{2,1,0:T(8,128)(2,1)} copy-done(%whole)
+}
+""".replace("\\\n", "")
+
+
+def test_what_moves_to_the_host_and_back_takes_a_road_each_way():
+    found = run(OFFLOADED)
+    moved = {(t.kind, t.payload): n for t, n in found.transfers.items()}
+    assert moved == {("to host", 2048): 1, ("from host", 2048): 1, ("from host", 8192): 1}
+    # The first millisecond of each way passes during the product, and half of the second copy from the host.
+    assert found.waits == {"to host": 0.0, "from host": pytest.approx(0.5e-3)}
 
 
 def test_a_loop_without_a_constant_has_no_static_length():
@@ -130,8 +165,8 @@ def test_a_gather_over_a_torus_uses_every_ring():
     whole = links.transfer("all-gather", 1e9, list(range(256)), mesh, topology)
     ring = links.transfer("all-gather", 1e9, list(range(16)), mesh, topology)
     assert (whole.axes, ring.axes) == (("fsdp", "tensor"), ("tensor",))
-    assert whole.ici_seconds == pytest.approx(1e9 * 255 / 256 / (4 * 45e9) + 16e-6)
-    assert ring.ici_seconds == pytest.approx(1e9 * 15 / 16 / (2 * 45e9) + 8e-6)
+    assert whole.ici_seconds == pytest.approx(1e9 * 255 / 256 / (4 * V5E_LINK) + 16e-6)
+    assert ring.ici_seconds == pytest.approx(1e9 * 15 / 16 / (2 * V5E_LINK) + 8e-6)
     both = links.transfer("all-reduce", 1e9, list(range(256)), mesh, topology)
     assert both.ici_seconds == pytest.approx(2 * whole.ici_seconds)
 
@@ -140,7 +175,7 @@ def test_without_a_ring_a_dimension_gives_half():
     topology = slices.parse_topology("v5e:4x4")
     mesh = mesh_of((16,), ("fsdp",), (4, 4))
     found = links.transfer("reduce-scatter", 1e9, list(range(16)), mesh, topology)
-    assert found.ici_seconds == pytest.approx(1e9 * 15 / 16 / (2 * 45e9) + 6e-6)
+    assert found.ici_seconds == pytest.approx(1e9 * 15 / 16 / (2 * V5E_LINK) + 6e-6)
 
 
 def test_across_slices_the_network_is_the_road():
@@ -151,16 +186,24 @@ def test_across_slices_the_network_is_the_road():
     assert found.dcn_seconds == pytest.approx(1e9 / 6.25e9)
 
 
+def test_the_devices_of_a_chip_share_its_way_to_the_host():
+    for name, devices in (("v6e:2x2", 1), ("tpu7x:2x2x1", 2)):
+        found = links.host_transfer("to host", 1e9, slices.parse_topology(name))
+        assert (found.network, found.seconds) == ("host", pytest.approx(devices * 1e9 / 32e9))
+
+
 def test_strided_groups_share_links():
     topology = slices.parse_topology("v5e:4x4")
     mesh = mesh_of((8, 2), ("fsdp", "tensor"), (4, 4))
     apart = links.transfer("all-gather", 1e9, [0, 2], mesh, topology)
     assert apart.axes == ("part of", "fsdp")
-    assert apart.ici_seconds == pytest.approx(0.5e9 / (45e9 / 2) + 2e-6)
+    assert apart.ici_seconds == pytest.approx(0.5e9 / (V5E_LINK / 2) + 2e-6)
 
 
 def test_an_exchange_is_bound_by_the_middle():
     topology = slices.parse_topology("v5e:16x16")
     mesh = mesh_of((256,), ("fsdp",), (16, 16))
     found = links.transfer("all-to-all", 1e8, list(range(256)), mesh, topology)
-    assert found.ici_seconds == pytest.approx(128 * 1e8 / 2 / (2 * 16 * 45e9) + 16e-6)  # 128 chips, half their bytes
+    assert found.ici_seconds == pytest.approx(
+        128 * 1e8 / 2 / (2 * 16 * V5E_LINK) + 16e-6
+    )  # 128 chips, half their bytes

@@ -3,7 +3,7 @@
 A change that costs memory, traffic or cycles fails here, before a TPU is rented. If it is meant, or the compiler is a
 new one, record again and look at the difference:
 
-    python tests/test_ahead_guard.py
+    python tests/tools/test_ahead_guard.py
 """
 
 import importlib.metadata
@@ -36,13 +36,24 @@ def two_layers():
 
 def measure(name: str) -> dict:
     found = report(compile_step(two_layers(), parse_topology(name), options=QUICK))
-    kinds = {f"{c['kind']} {c['axes']}": {"count": c["count"], "bytes": c["bytes"]} for c in found["collectives"]}
+    kinds = {f"{c['kind']} {c['axes']}": {"count": c["count"], "bytes": c["bytes"]} for c in found["transfers"]}
     return {
         "fits": found["fits"],
         "bytes_per_chip": found["bytes_per_chip"],
         "estimated_cycles": found["estimated_cycles"],
+        "scattered_share": scattered_share(found),
         "collectives": dict(sorted(kinds.items())),
     }
+
+
+def scattered_share(found: dict) -> float:
+    """Of the bytes that are summed over devices, gradients almost all: those of which each device gets its part alone.
+
+    The others are summed in full on every device, which takes the links twice as long.
+    """
+    summed = {kind: sum(c["bytes"] for c in found["transfers"] if c["kind"] == kind) for kind in
+              ("reduce-scatter", "all-reduce")}  # fmt: skip
+    return summed["reduce-scatter"] / sum(summed.values())
 
 
 def versions() -> dict[str, str]:
@@ -62,6 +73,7 @@ def test_the_compiled_step_is_the_recorded_one(name):
     assert found["fits"]
     if same:
         assert count(found) == count(recorded)
+    assert found["scattered_share"] == pytest.approx(recorded["scattered_share"], abs=TOLERANCE)
     assert size(found) == pytest.approx(size(recorded), rel=tolerance)
     for field in ("bytes_per_chip", "estimated_cycles"):
         assert found[field] == pytest.approx(recorded[field], rel=tolerance), field

@@ -1,13 +1,19 @@
 """What the command refuses, what it says of a program that does not fit, which masks it assumes. Nothing compiles."""
 
+import collections
+import re
 import types
 
+import numpy as np
 import pytest
 
 from llada_jax.config import run_config
 from llada_jax.fields import InputError
+from llada_jax.model.attention import splash_blocks
+from llada_jax.model.config import model_config
+from llada_jax.model.transformer import parameter_count
 from llada_jax.parallel.chips import GIB
-from llada_jax.tools.ahead import compile, estimate, search, text
+from llada_jax.tools.ahead import calibration, compile, estimate, search, text
 from llada_jax.tools.ahead.slices import parse_topology
 
 
@@ -93,6 +99,42 @@ def test_the_control_scores_every_position():
     config.objective.name = "autoregressive"
     found = estimate.expected_chunks(on_mesh(config, fsdp=64))
     assert found["mean"] == found["slowest"] and found["share"] == 1.0
+
+
+@pytest.mark.parametrize("length, shards", [(2048, 1), (4096, 1), (8192, 1), (8192, 4), (1536, 1)])
+def test_a_causal_kernel_costs_the_blocks_that_it_executes(length, shards):
+    """Those that hold a visible score, counted in the mask itself, for the device with the end of the row."""
+    queries = length // shards
+    visible = np.tril(np.ones((length, length), bool))[-queries:]
+    q, k = splash_blocks(queries, length, itemsize=2)
+    blocks = [visible[i : i + q, j : j + k] for i in range(0, queries, q) for j in range(0, length, k)]
+    executed = sum(block.size for block in blocks if block.any())
+    assert estimate.executed_share(length, shards) == pytest.approx(executed / visible.size)
+
+
+def test_two_runs_a_chip_are_what_their_names_say():
+    count = collections.Counter(parse_topology(run.topology).chip.name for run in calibration.RUNS)
+    assert all(count[chip] >= 2 for chip in ("v5e", "v5p", "v6e", "tpu7x"))
+    for run in calibration.RUNS:
+        config = calibration.config_of(run)
+        assert config.train.batch_size == run.rows * parse_topology(run.topology).chips * (
+            2 if "7x" in run.topology else 1
+        )
+        billions = float(re.findall(r"(\d+)B", run.name)[-1])
+        assert parameter_count(model_config(config.model)) / 1e9 == pytest.approx(billions, rel=0.04), run
+
+
+def test_a_published_speed_in_flops_is_one_in_tokens():
+    """Both stand in MaxText's log of Llama 2 70B on v6e-256: 402.274 TFLOP/s and 905.021 tokens/s a chip."""
+    (run,) = [run for run in calibration.RUNS if run.name == "Llama 2 70B"]
+    assert calibration._tokens(402.274, run.shape) == pytest.approx(905.021, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "value, words", [(12345, "12,000"), (98.7, "99"), (9.96, "10"), (2.449, "2.4"), (0.0371, "0.037")]
+)
+def test_an_estimate_has_two_digits(value, words):
+    assert text.rough(value) == words
 
 
 def test_what_a_search_tries():

@@ -11,14 +11,17 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from http import HTTPStatus
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 import bucket_servers
 import numpy as np
 import pytest
 
-from llada_jax.data import dataset
+from llada_jax.data import dataset, prepare, sources
+from llada_jax.data.tokenizer import load_tokenizer
 from llada_jax.fields import InputError, RunFailed
 from llada_jax.files import write_atomic
 from llada_jax.interop import hf
@@ -157,6 +160,48 @@ def test_a_bucket_that_is_away_during_a_save_costs_that_save_and_is_one_event(
     assert metrics(bucket) == kill_test.metrics(trained)
 
 
+@pytest.mark.slow
+def test_a_bucket_that_is_away_for_a_minute_between_two_saves_costs_nothing(
+    proxies, make_run, trained, bucket, monkeypatch, tmp_path
+):
+    """A minute by the clock, from the first file that is brought there before checkpoint 4."""
+    push, back = mirror.Workdir.push, []
+
+    def pushing(self):
+        if steps(bucket) == [2] and not back:
+            back.append(time.monotonic() + 60)
+        push(self)
+
+    monkeypatch.setattr(mirror.Workdir, "push", pushing)
+    is_away = lambda *_: HTTPStatus.SERVICE_UNAVAILABLE if back and time.monotonic() < back[0] else None
+    with proxies["gs"].faulty(is_away):
+        train.train(make_run(steps=6), bucket)
+    assert time.monotonic() > back[0] and not events(bucket)
+    assert steps(bucket) == [2, 4, 6] and bits(bucket, tmp_path) == digest(trained)[1]
+
+
+@pytest.mark.parametrize("seconds, is_reached", [(60, True), (100, True), (125, False)])
+def test_a_bucket_may_be_away_for_over_a_minute(monkeypatch, seconds, is_reached):
+    """By a clock of this test, which only waiting moves."""
+    clock = types.SimpleNamespace(
+        now=0.0, monotonic=lambda: clock.now, sleep=lambda s: setattr(clock, "now", clock.now + s)
+    )
+
+    def cat_file(_):
+        if clock.now < seconds:
+            raise OSError("503 Service Unavailable")
+        return b"there"
+
+    monkeypatch.setattr(buckets, "time", clock)
+    monkeypatch.setattr(buckets, "_file_system", lambda scheme: types.SimpleNamespace(cat_file=cat_file))
+    if is_reached:
+        assert buckets.read(PurePosixPath("gs://runs/a")) == b"there"
+    else:
+        with pytest.raises(RunFailed, match="gs:/runs/a: cannot be reached .503"):
+            buckets.read(PurePosixPath("gs://runs/a"))
+        assert clock.now <= buckets.PATIENCE_SECONDS
+
+
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_killed_run_continues_in_a_bucket_to_the_same_bits(proxies, bucket, tmp_path, processes):
     run = kill_test.Run(tmp_path / "logs", processes, 10**6, address=bucket)
@@ -269,6 +314,25 @@ def test_prepared_data_of_a_bucket_is_copied_once_and_compared_with_its_checksum
     with pytest.raises(InputError, match=rf"^{bucket}/{shard}: not as manifest.json says; prepare or copy it again$"):
         mirror.copied(bucket, run.data.cache_dir)
     assert not copy.exists()
+
+
+def test_data_is_prepared_into_a_bucket_and_found_there_again(proxies, trained, bucket, tmp_path):
+    texts = [sources.couplet_text(a, b) for a, b, _ in sources.couplets()[:40]]
+    tokenizer = load_tokenizer(trained / "tokenizer")
+
+    def prepared(place, row_length=32):
+        settings: dict[str, Any] = dict(row_length=row_length, validation_fraction=0.2, workers=1, progress=False)
+        return prepare.prepare_dataset(place, items=texts, tokenizer=tokenizer, **settings)
+
+    manifest = prepared(bucket)
+    assert manifest["shards"] == prepared(tmp_path / "here")["shards"]
+    before = buckets.files_below(buckets.path_of(bucket))
+    assert {"manifest.json", "validation/manifest.json"} < before.keys()
+    assert prepared(bucket) == manifest and buckets.files_below(buckets.path_of(bucket)) == before
+    with pytest.raises(InputError, match=rf"^{bucket}: holds another preparation"):
+        prepared(bucket, row_length=64)
+    with pytest.raises(InputError, match=rf"^{bucket}/\*: text is prepared from files of this machine"):
+        sources.expand_files(f"{bucket}/*")
 
 
 @pytest.mark.slow

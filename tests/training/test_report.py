@@ -230,3 +230,8 @@ def test_command_line(tmp_path):
     workdir(tmp_path)
     done = subprocess.run([*command, f"--workdir={tmp_path}"], capture_output=True, text=True)
     assert (done.returncode, done.stdout.strip()) == (0, str(tmp_path / "report.html"))
+
+
+def test_a_bucket_is_refused_in_one_line():
+    with pytest.raises(InputError, match=r"^gs://runs/a: the report is made on the machine of the quickstart; give"):
+        page.render("gs://runs/a")

@@ -3,6 +3,8 @@
 import json
 import os
 import struct
+import subprocess
+import sys
 
 import pytest
 
@@ -78,6 +80,19 @@ def test_tensorboard_gets_what_is_flushed_and_hides_what_is_trained_again(tmp_pa
     assert (found[1].step, found[1].session_log.status) == (5, SessionLog.START)  # TensorBoard drops steps from 5 on
     assert found[2].summary.value[0].simple_value == 0.5 and found[3].step == 5
     board.close()
+
+
+def test_tensorboard_does_not_bring_pytorch_in(tmp_path):
+    """Where it is installed it can be imported afterwards, but is not on the way."""
+    program = f"""if True:
+        import sys
+        from pathlib import Path
+        from llada_jax.training.writer import Board
+        Board(Path({str(tmp_path)!r}), 0).close()
+        print("torch" in sys.modules, "tensorboardX" in sys.modules)
+    """
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "False True\n"
 
 
 def test_tensorboard_goes_on_in_a_new_file_after_a_full_disk(tmp_path, capsys):

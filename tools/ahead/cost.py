@@ -1,8 +1,9 @@
 """What one step costs: the schedule of the compiled program played through on one device.
 
 Fusions take the cycles that the compiler estimates; attention kernels, which it doesn't price, their FLOPs at an
-assumed share of peak; collectives the time of `links`. What the schedule issues synchronously makes the TensorCore
-wait; what it starts early and awaits late costs only what the work in between doesn't cover. Loops multiply their body.
+assumed share of peak; collectives, and what moves to the host and back, the time of `links`. What the schedule issues
+synchronously makes the TensorCore wait; what it starts early and awaits late costs only what the work in between
+doesn't cover. Loops multiply their body.
 """
 
 import collections
@@ -12,7 +13,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from llada_jax.tools.ahead.hlo import Instruction, Program, array_bytes, first_group
+from llada_jax.tools.ahead.hlo import Instruction, Program, array_bytes, first_group, host_copy
 from llada_jax.tools.ahead.links import Transfer
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute",
@@ -49,7 +50,8 @@ class Cost:
 
 
 class Machine:
-    """Plays a program. `transfer(kind, payload, group)` prices a collective, `kernel(instruction)` a Pallas kernel."""
+    """Plays a program. `transfer(kind, payload, group)` prices a collective, or with no group what goes "to host" or
+    comes "from host"; `kernel(instruction)` a Pallas kernel."""
 
     def __init__(
         self,
@@ -71,8 +73,8 @@ class Machine:
         return self._of(self._program.entry)
 
     def _play(self, computation: str) -> Cost:
-        """One pass through a computation: `now` is the TensorCore's time, `free` when the links are next idle."""
-        cost, free = Cost(), 0.0
+        """One pass through a computation. `free`: when each road, the links or a way of the host, is next idle."""
+        cost, free = Cost(), collections.defaultdict(float)
         arrives: dict[str, tuple[str, float]] = {}
         for i in self._program.computations[computation]:
             if i.opcode == "while":
@@ -88,8 +90,9 @@ class Machine:
                 if phase in ("start", "whole"):
                     assert moved is not None
                     cost.transfers[moved] += 1
-                    free = max(free, cost.seconds) + moved.ici_seconds + moved.dcn_seconds
-                    arrives[key] = moved.kind, free
+                    road = moved.kind if moved.network == "host" else "links"
+                    free[road] = max(free[road], cost.seconds) + moved.seconds
+                    arrives[key] = moved.kind, free[road]
                 if phase in ("done", "whole") and key in arrives:
                     kind, at = arrives.pop(key)
                     cost.waits[kind] += max(at - cost.seconds, 0.0)
@@ -132,6 +135,9 @@ class Machine:
 
     def _collective(self, i: Instruction) -> tuple[str, str, Transfer | None] | None:
         """(what its end refers to, "start", "done" or "whole", the transfer) of an instruction that is one."""
+        if (copied := host_copy(i)) is not None:
+            self._started[i.name] = i.name, self._transfer(*copied, [])
+            return i.name, "start", self._started[i.name][1]
         plain = re.sub(r"-(start|done|update)$", "", i.opcode)
         if plain in KINDS:
             if i.opcode.endswith("-done"):
@@ -142,7 +148,7 @@ class Machine:
             return i.name, "start", dataclasses.replace(moved, kind=i.opcode)
         if i.opcode in ("send-done", "recv-done"):
             return i.operands[0], "done", None
-        if i.opcode in ("async-done", "async-update"):
+        if i.opcode in ("async-done", "async-update", "copy-done"):
             return self._asynchronous(i)
         if i.opcode not in ("fusion", "async-start"):
             return None
@@ -165,7 +171,7 @@ class Machine:
         return i.name, "start" if i.operands else "prepared", self._started[i.name][1]
 
     def _asynchronous(self, i: Instruction) -> tuple[str, str, Transfer | None] | None:
-        """The middle or end of an asynchronous operation; None if that is no collective.
+        """The middle or end of an asynchronous operation; None if that moves nothing between devices or to the host.
 
         A sparse core is made ready at async-start, and begins with the data that async-update hands it.
         """
@@ -173,7 +179,7 @@ class Machine:
         if before not in self._started:
             return None
         key, moved = self._started[before]
-        if i.opcode == "async-done":
+        if i.opcode != "async-update":
             return key, "done", None
         self._started[i.name] = key, moved
         return key, "start" if before == key else "going", moved

@@ -3,8 +3,9 @@
 What the compiler can't know is assumed, and told with the result:
 - The loop over chunks of scored positions has as many trips as the slowest device has scored chunks; the devices meet
   after it. Mask ratios are drawn as the objective draws them; of a fine-tuning row all is taken for answer.
-- Attention kernels run at `chip.attention` of peak: 4·rows·heads·L²·H FLOPs forward, 2.5 times that backward. The head
-  size of 128 fills half of a 256-wide matrix unit (v6e, 7x), hence the lower share there.
+- Attention kernels run at `chip.attention` of peak: 4·rows·heads·L²·H FLOPs forward, 2.5 times that backward; of a
+  causal one, what the executed blocks of it hold. The head size of 128 fills half of a 256-wide matrix unit (v6e, 7x),
+  hence the lower share there.
 - The compiler prices large products at up to 97% of peak; measured ceilings are 90% (v6e) and 83% (7x). It doesn't know
   the clock under load either: read differences between settings rather than digits.
 - Memory is what it is for any data: all loops have fixed buffers.
@@ -20,6 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from llada_jax.model.attention import splash_blocks
 from llada_jax.model.transformer import Transformer, parameter_count
 from llada_jax.objectives.cross_entropy import chunk_size
 from llada_jax.tools.ahead import hlo, links
@@ -50,21 +52,24 @@ def report(compiled: Compiled) -> dict[str, Any]:
     tokens = c.train.batch_size * c.data.row_length
     ici = sum(t.ici_seconds * n for t, n in cost.transfers.items())
     dcn = sum(t.dcn_seconds * n for t, n in cost.transfers.items())
+    host = [
+        sum(t.host_seconds * n for t, n in cost.transfers.items() if t.kind == way) for way in ("to host", "from host")
+    ]
     busy = sum(cost.work.values())
     return result | {
         "flops_per_step": flops,
         "estimated_step_seconds": cost.seconds,
         "estimated_mfu": flops / peak / cost.seconds,
         "tokens_per_second_per_chip": tokens / chips / cost.seconds,
-        "all_collectives_hidden_seconds": max(busy, ici, dcn),
-        "all_collectives_exposed_seconds": busy + ici + dcn,
+        "all_transfers_hidden_seconds": max(busy, ici, dcn, *host),
+        "all_transfers_exposed_seconds": busy + ici + dcn + sum(host),
         "parts": {
             **{f"{kind}_seconds": cost.work[kind] for kind in ("matmul", "vector", "attention")},
-            "ici_seconds": ici, "dcn_seconds": dcn,
+            "ici_seconds": ici, "dcn_seconds": dcn, "host_seconds": sum(host),
             "exposed_seconds": sum(cost.waits.values()), "exposed_by_kind": dict(cost.waits),
         },
         "estimated_cycles": cost.cycles,
-        "collectives": collectives(cost, chip.devices),
+        "transfers": transfers(cost, chip.devices),
         "steps": c.train.steps, "tokens": tokens * c.train.steps,
         "days": c.train.steps * cost.seconds / 86400, "chip_hours": c.train.steps * cost.seconds * chips / 3600,
         "heaviest": sorted(([s, name] for name, s in cost.heaviest.items()), reverse=True)[:12],
@@ -105,7 +110,7 @@ def saved_activations(compiled: Compiled) -> int:
     for loop in _loops(program):
         if program.trips(loop) == layers and "transpose(" not in loop.op_name:
             weights = _stacked_shapes(compiled)
-            stacked = [(kind, dims) for kind, dims in hlo.arrays(loop.type) if dims[:1] == (layers,)]
+            stacked = [(kind, dims) for kind, dims in hlo.arrays(hlo.without_host(loop.type)) if dims[:1] == (layers,)]
             kept = [(kind, dims) for kind, dims in stacked if _squeezed(dims) not in weights]
             return int(sum(hlo.array_bytes(f"{kind}[{','.join(map(str, dims))}]") for kind, dims in kept))
     return 0
@@ -135,6 +140,8 @@ def play(compiled: Compiled, chunks: float) -> Cost:
 
     @functools.cache
     def priced(kind: str, payload: float, group: tuple[int, ...]) -> links.Transfer:
+        if not group:
+            return links.host_transfer(kind, payload, compiled.topology)
         return links.transfer(kind, payload, list(group), compiled.mesh, compiled.topology)
 
     def trips(loop: hlo.Instruction) -> float:
@@ -164,11 +171,19 @@ def kernel_seconds(i: hlo.Instruction, forward: float, speed: float) -> float | 
 
 
 def attention_flops(compiled: Compiled) -> float:
-    """Of one layer's forward attention on one device and microbatch."""
+    """Of one layer's forward attention on one device and microbatch, as far as the kernel executes it."""
     m, c, mesh = compiled.model, compiled.config, compiled.mesh.shape
     rows = c.train.batch_size / c.train.microbatches / (mesh["data"] * mesh["fsdp"])
     whole = 4 * rows * m.n_heads * c.data.row_length**2 * m.head_dim / (mesh["tensor"] * mesh["context"])
-    return whole / 2 if m.causal else whole
+    return whole * executed_share(c.data.row_length, mesh["context"]) if m.causal else whole
+
+
+def executed_share(length: int, shards: int = 1) -> float:
+    """Of a causal layer's blocks of scores, in bfloat16; on the device with the end of the row, which executes most."""
+    queries = length // shards
+    block_q, block_kv = splash_blocks(queries, length, itemsize=2)
+    ends = np.arange(block_q, queries + block_q, block_q) + length - queries
+    return float(np.mean(np.minimum(np.ceil(ends / block_kv) * block_kv / length, 1)))
 
 
 def expected_chunks(compiled: Compiled, draws: int = 64) -> dict[str, float]:
@@ -195,14 +210,14 @@ def expected_chunks(compiled: Compiled, draws: int = 64) -> dict[str, float]:
     }
 
 
-def collectives(cost: Cost, devices_per_chip: int) -> list[dict[str, Any]]:
-    """Of one chip and step: count, bytes of the whole arrays, seconds on the links; by kind, axes and network."""
+def transfers(cost: Cost, devices_per_chip: int) -> list[dict[str, Any]]:
+    """Of one chip and step: count, bytes of the whole arrays, seconds on the way; by kind, axes and network."""
     rows: dict[tuple, list[float]] = collections.defaultdict(lambda: [0.0, 0.0, 0.0])
     for transfer, times in cost.transfers.items():
         row = rows[transfer.kind, "+".join(transfer.axes) or "none", transfer.network]
         row[0] += times
         row[1] += times * transfer.payload * devices_per_chip
-        row[2] += times * (transfer.ici_seconds + transfer.dcn_seconds)
+        row[2] += times * transfer.seconds
     return [
         {"kind": kind, "axes": axes, "network": network, "count": count, "bytes": size, "seconds": seconds}
         for (kind, axes, network), (count, size, seconds) in sorted(rows.items(), key=lambda row: -row[1][2])

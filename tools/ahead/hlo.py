@@ -15,6 +15,8 @@ import numpy as np
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "s4": 0.5, "u4": 0.5, "f8e4m3fn": 1, "f8e5m2": 1, "bf16": 2, "f16": 2, "s16": 2,
           "u16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8, "u64": 8}  # fmt: skip
 _ARRAY = re.compile(r"\b([a-z]+[a-z0-9]*)\[([\d,]*)\]")
+_PLACED = re.compile(r"\b([a-z]+[a-z0-9]*\[[\d,]*\])(\{[^}]*\})?")  # an array and its layout
+_HOST = "S(5)"  # the memory space of the host, in a layout
 _BEGIN = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{\s*$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
 
@@ -142,6 +144,21 @@ def array_bytes(type_: str) -> float:
 def arrays(type_: str) -> list[tuple[str, tuple[int, ...]]]:
     """(element type, dimensions) of each array in a type."""
     return [(k, tuple(int(d) for d in dims.split(",") if d)) for k, dims in _ARRAY.findall(type_) if k in _BYTES]
+
+
+def host_copy(i: Instruction) -> tuple[str, float] | None:
+    """("to host" or "from host", bytes) of an instruction that begins such a copy, of an array or of a slice of one."""
+    if i.opcode not in ("copy-start", "async-start") or _HOST not in i.type:
+        return None
+    placed = [(array, _HOST in layout) for array, layout in _PLACED.findall(i.type)]
+    # A copy's type is (target, source, context), another operation's ((operands), result, context).
+    _, to_host = placed[0] if i.opcode == "copy-start" else placed[-2]
+    return "to host" if to_host else "from host", max(array_bytes(array) for array, on_host in placed if not on_host)
+
+
+def without_host(type_: str) -> str:
+    """A type without its arrays in the memory of the host."""
+    return " ".join(array for array, layout in _PLACED.findall(type_) if _HOST not in layout)
 
 
 def first_group(text: str, devices: int) -> list[int]:

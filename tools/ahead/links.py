@@ -1,4 +1,6 @@
-"""How long a collective keeps the links busy: bandwidth of the rings that its devices form, and nothing else.
+"""How long a transfer keeps its road busy: the links between chips, the network between slices, the way to the host.
+
+Of a collective that is the bandwidth of the rings that its devices form, at the share of the peak that was measured.
 
 Gathering P bytes over n devices brings (n-1)/n·P to each; on a torus, XLA sends parts of it around every dimension at
 once, both ways, so a chip takes 2 links' worth per ring dimension, and 1 where the ends don't meet. Reducing with
@@ -27,10 +29,15 @@ class Transfer:
     payload: float
     ici_seconds: float
     dcn_seconds: float
+    host_seconds: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        return self.ici_seconds + self.dcn_seconds + self.host_seconds
 
     @property
     def network(self) -> str:
-        return "dcn" if self.dcn_seconds else "ici"
+        return "host" if self.host_seconds else "dcn" if self.dcn_seconds else "ici"
 
 
 def transfer(kind: str, payload: float, group: list[int], mesh, topology: Slice) -> Transfer:
@@ -45,7 +52,7 @@ def transfer(kind: str, payload: float, group: list[int], mesh, topology: Slice)
         [d.coords[: len(topology.shape)] for d in devices if (getattr(d, "slice_index", 0) or 0) == first]
     )
     if kind == "collective-permute":
-        ici = payload / topology.chip.link * topology.chip.devices if slices == 1 else 0.0
+        ici = payload / _link(topology) * topology.chip.devices if slices == 1 else 0.0
     else:
         ici = _ici_seconds(kind, payload, coords, inside, topology)
     return Transfer(kind, _axes(group, mesh), payload, ici, dcn)
@@ -59,7 +66,7 @@ def _ici_seconds(kind: str, payload: float, coords: np.ndarray, devices: int, to
             continue
         stride = (places[-1] - places[0]) / (len(places) - 1)  # other groups use the links in between, too
         ring = wrapped and len(places) * stride == size
-        along_this = (2 if ring else 1) * topology.chip.link / stride
+        along_this = (2 if ring else 1) * _link(topology) / stride
         bandwidth += along_this
         crossing = max(crossing, payload * topology.chip.devices * len(places) / 4 / along_this)
         hops += size / 2 if ring else places[-1] - places[0]
@@ -70,6 +77,15 @@ def _ici_seconds(kind: str, payload: float, coords: np.ndarray, devices: int, to
     return _PASSES[kind] * (
         payload * (devices - 1) / devices / (bandwidth / topology.chip.devices) + hops * _HOP_SECONDS
     )
+
+
+def _link(topology: Slice) -> float:
+    return topology.chip.link * topology.chip.link_share
+
+
+def host_transfer(kind: str, payload: float, topology: Slice) -> Transfer:
+    """`kind`: "to host" or "from host". The devices of a chip share its way."""
+    return Transfer(kind, (), payload, 0.0, 0.0, payload * topology.chip.devices / topology.chip.host)
 
 
 def _axes(group: list[int], mesh) -> tuple[str, ...]:

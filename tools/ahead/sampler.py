@@ -26,6 +26,7 @@ from llada_jax.tools.ahead.compile import caching_in, dumped
 from llada_jax.tools.ahead.cost import Machine
 from llada_jax.tools.ahead.estimate import kernel_seconds
 from llada_jax.tools.ahead.slices import Slice, absent_devices
+from llada_jax.tools.ahead.text import ERROR, rough
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,15 +85,15 @@ def describe(found: dict[str, Any]) -> str:
     lines = [
         f"{found['model']} on {found['topology']}, {mesh}; {found['weights']}; {found['rows']} rows of "
         f"{found['columns']} columns, blocks of {found['block_length']}",
-        f"a full pass {1e3 * found['seconds_per_full_pass']:.2g} ms, a window pass "
-        f"{1e3 * found['seconds_per_window_pass']:.2g} ms (estimates)",
+        f"estimate {ERROR}: a full pass {rough(1e3 * found['seconds_per_full_pass'])} ms, a window pass "
+        f"{rough(1e3 * found['seconds_per_window_pass'])} ms",
     ]
     for name, size in found["bytes_per_device"].items():
         fits = "fits" if size <= found["capacity_bytes"] else "DOES NOT FIT"
         speed = found["tokens_per_second_per_chip"][name]
         lines.append(
             f"cache {name}: {fits}, {size / 2**30:.1f} of {found['capacity_bytes'] / 2**30:.1f} GiB a device; "
-            f"{speed:.2g} tokens/s/chip at one token a pass"
+            f"{rough(speed)} tokens/s/chip at one token a pass"
         )
     return "\n".join(lines)
 

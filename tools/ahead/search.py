@@ -13,6 +13,7 @@ from llada_jax.model.config import REMAT, model_config
 from llada_jax.tools.ahead.compile import compile_step
 from llada_jax.tools.ahead.estimate import report
 from llada_jax.tools.ahead.slices import Slice
+from llada_jax.tools.ahead.text import rough
 
 
 def search(config: RunConfig, topology: Slice, say: Callable[[str], None] = print) -> list[dict[str, Any]]:
@@ -78,4 +79,4 @@ def _line(result: dict[str, Any]) -> str:
     size = f"{result['bytes_per_chip'] / 2**30:.1f} GiB"
     if not result["fits"]:
         return f"does not fit ({size})"
-    return f"MFU {result['estimated_mfu']:.1%}, {result['estimated_step_seconds']:.2f} s, {size}"
+    return f"MFU {result['estimated_mfu']:.0%}, {rough(result['estimated_step_seconds'])} s, {size}"

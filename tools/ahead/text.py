@@ -2,7 +2,8 @@
 
 from typing import Any
 
-_UNITS = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+ERROR = "± 15%"  # of each estimate of time: how far published runs lie from it (calibration.py)
+_UNITS = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
 def describe(found: dict[str, Any]) -> str:
@@ -25,7 +26,7 @@ def describe(found: dict[str, Any]) -> str:
 def ranking(ranked: list[dict[str, Any]]) -> str:
     """What --search prints: a line for each setting that fits, fastest first."""
     return "\n".join(
-        f"{found['estimated_mfu']:6.1%} {_seconds(found['estimated_step_seconds']):>10} "
+        f"{found['estimated_mfu']:4.0%} {_seconds(found['estimated_step_seconds']):>10} "
         f"{_bytes(found['bytes_per_chip']):>10}  {found['flags']}"
         for found in ranked
     )
@@ -41,25 +42,35 @@ def _memory(found: dict[str, Any]) -> str:
     )
 
 
+def rough(value: float) -> str:
+    """Two significant digits: what an estimate is worth."""
+    if value < 0.995:
+        return f"{value:.2g}"
+    return f"{float(f'{value:.2g}'):,.{0 if value >= 9.95 else 1}f}"
+
+
 def _speed(found: dict[str, Any]) -> list[str]:
     parts, assumed = found["parts"], found["assumed"]
     work = ", ".join(f"{kind} {_seconds(parts[f'{kind}_seconds'])}" for kind in ("matmul", "vector", "attention"))
-    dcn = f" and {_seconds(parts['dcn_seconds'])} DCN" if parts["dcn_seconds"] else ""
+    roads = ", ".join(
+        f"{name} {_seconds(parts[f'{name.lower()}_seconds'])}"
+        for name in ("ICI", "DCN", "host") if parts[f"{name.lower()}_seconds"]
+    )  # fmt: skip
     lines = [
-        f"step {_seconds(found['estimated_step_seconds'])}: {work}, waiting for collectives "
-        f"{_seconds(parts['exposed_seconds'])} (of {_seconds(parts['ici_seconds'])} ICI{dcn})",
-        f"     between {_seconds(found['all_collectives_hidden_seconds'])} (all collectives hidden) and "
-        f"{_seconds(found['all_collectives_exposed_seconds'])} (none)",
-        f"MFU {found['estimated_mfu']:.1%}, {found['tokens_per_second_per_chip']:,.0f} tokens/s/chip, "
-        f"{_si(found['flops_per_step'])}FLOP a step",
-        f"{found['steps']:,} steps, {_si(found['tokens'])}tokens: {found['days']:,.1f} days, "
-        f"{found['chip_hours']:,.0f} chip-hours",
-        "collectives, a chip and step:",
+        f"estimate {ERROR}: a step {_seconds(found['estimated_step_seconds'])}, MFU {found['estimated_mfu']:.0%}, "
+        f"{rough(found['tokens_per_second_per_chip'])} tokens/s/chip",
+        f"of a step: {work}, waiting for transfers {_seconds(parts['exposed_seconds'])}"
+        + (f" (they take: {roads})" if roads else ""),
+        f"with all transfers hidden {_seconds(found['all_transfers_hidden_seconds'])}, with none "
+        f"{_seconds(found['all_transfers_exposed_seconds'])}",
+        f"{found['steps']:,} steps, {_si(found['flops_per_step'])}FLOP each, {_si(found['tokens'])}tokens: "
+        f"{rough(found['days'])} days, {rough(found['chip_hours'])} chip-hours",
+        "transfers, a chip and step:",
     ]
-    for c in found["collectives"]:
+    for c in found["transfers"]:
         each = _bytes(c["bytes"] / max(c["count"], 1))
         lines.append(
-            f"  {c['kind']:<18} {c['axes']:<12} {c['network']} {c['count']:7,.0f} x {each:>10} = "
+            f"  {c['kind']:<18} {c['axes']:<12} {c['network']:<4} {c['count']:7,.0f} x {each:>10} = "
             f"{_bytes(c['bytes']):>10}, {_seconds(c['seconds'])}"
         )
     slowest, mean = assumed["chunks_of_slowest_device"], assumed["chunks_of_mean_device"]
@@ -81,7 +92,7 @@ def _bytes(size: float) -> str:
 
 
 def _seconds(seconds: float) -> str:
-    return f"{seconds:.2f} s" if seconds >= 10 else f"{seconds * 1e3:,.1f} ms"
+    return f"{rough(seconds)} s" if seconds >= 0.995 else f"{rough(seconds * 1e3)} ms"
 
 
 def _si(value: float) -> str:
