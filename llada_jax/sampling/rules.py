@@ -95,10 +95,17 @@ def sample_tokens(
 
     def noisy(key):
         noise = _gumbel(_keys(key, rows_B, columns_W), V) if noise_BWV is None else noise_BWV
-        return jnp.argmax(logits_BWV + temperature * noise, axis=-1).astype(jnp.int32)
+        return _argmax(logits_BWV + temperature * noise)
 
-    greedy = lambda key: jnp.argmax(logits_BWV, axis=-1).astype(jnp.int32)
+    greedy = lambda key: _argmax(logits_BWV)
     return jax.lax.cond(temperature > 0, noisy, greedy, key)
+
+
+def _argmax(x_BWV: jax.Array) -> jax.Array:
+    """The first of the largest, int32 [B, W]; of NaNs the last. As two reductions: XLA's own argmax is scalar on CPUs."""
+    V = x_BWV.shape[-1]
+    is_top_BWV = x_BWV == jnp.max(x_BWV, axis=-1, keepdims=True)
+    return jnp.min(jnp.where(is_top_BWV, jnp.arange(V, dtype=jnp.int32), V - 1), axis=-1)
 
 
 def _gumbel(keys_BW: jax.Array, V: int) -> jax.Array:
