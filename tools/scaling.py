@@ -9,17 +9,16 @@ and in arXiv 2001.08361. What is measured, on rows that no model was trained on:
 loss: nats a token given the row's first token: exact for the control, the bound of Eq. 6 for LLaDA.
 score: of four endings of a row, 16 tokens each, how often the true one is the likeliest. Chance is 25%.
 
-A finished cell is a line of results.jsonl; the same command goes on after a kill. At each budget the best size counts;
-a power law is fitted to these, and the ratio of both kinds' compute at equal loss is what is compared with the
-published figure, about 16 (arXiv 2410.18514).
+A finished cell is a line of results.jsonl; the same command goes on after a kill, and one with other sizes, budgets or
+seeds adds to what is there. At each budget the best size counts;
+a power law is fitted to these. The ratio of both kinds' compute at the lowest loss that both reach is compared with the
+published one, about 16 (arXiv 2410.18514).
 """
 
 import functools
 import itertools
-import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -34,54 +33,12 @@ from llada_jax.evaluation.likelihood import log_likelihood
 from llada_jax.fields import InputError
 from llada_jax.model.config import model_config
 from llada_jax.model.transformer import parameter_count
-from llada_jax.tools.claims import runs
+from llada_jax.tools.claims import laws, runs, show
+from llada_jax.tools.claims.laws import Law, Line
 
 ROW = 64  # tokens
 _BATCH, _VOCABULARY = 8, 512
 _HELD_OUT, _ENDING, _CHOICES = 96, 16, 4
-Line = dict[str, Any]
-
-
-class Law(NamedTuple):
-    """loss = scale · FLOPs^-power."""
-
-    scale: float
-    power: float
-
-    def loss(self, flops: Any) -> Any:
-        return self.scale * np.power(flops, -self.power)
-
-    def flops(self, loss: float) -> float:
-        return (self.scale / loss) ** (1 / self.power)
-
-
-def fit(flops: Sequence[float], losses: Sequence[float]) -> Law:
-    """By least squares between the logarithms. Raises InputError where the loss does not fall."""
-    slope, offset = np.polyfit(np.log(flops), np.log(losses), 1)
-    if slope >= 0:
-        raise InputError(f"the loss does not fall with compute ({losses[0]:.3f} … {losses[-1]:.3f}); raise --budgets")
-    return Law(float(np.exp(offset)), float(-slope))
-
-
-def frontier(lines: Sequence[Line], kind: str) -> list[Line]:
-    """The best size at each budget: its loss and score, means over seeds."""
-    best: dict[float, Line] = {}
-    own = [line for line in lines if line["kind"] == kind]
-    for size, budget in sorted({(line["size"], line["budget"]) for line in own}):
-        cell = [line for line in own if (line["size"], line["budget"]) == (size, budget)]
-        mean = {name: float(np.mean([line[name] for line in cell])) for name in ("loss", "score", "tokens")}
-        if budget not in best or mean["loss"] < best[budget]["loss"]:
-            best[budget] = {"budget": budget, "size": size, **mean}
-    return [best[budget] for budget in sorted(best)]
-
-
-def ratio_at_equal_loss(llada: Sequence[Line], control: Sequence[Line]) -> tuple[float, float, bool]:
-    """(compute of LLaDA over the control's, at which loss, whether both were seen at that loss)."""
-    laws = [fit([x["budget"] for x in line], [x["loss"] for x in line]) for line in (llada, control)]
-    high = min(max(x["loss"] for x in line) for line in (llada, control))
-    low = max(min(x["loss"] for x in line) for line in (llada, control))
-    loss = math.sqrt(high * low)
-    return laws[0].flops(loss) / laws[1].flops(loss), loss, low < high
 
 
 def measure(model, rows_BL: np.ndarray) -> Line:
@@ -108,6 +65,7 @@ def measure(model, rows_BL: np.ndarray) -> Line:
 def cell(workdir: Path, kind: str, size: runs.Shape, budget: float, seed: int) -> Line:
     """Trains and measures one model."""
     config = runs.config_of(kind, size, workdir / "data", row_length=ROW, steps=1, batch_size=_BATCH, seed=seed)
+    config.model.rope_theta = 500_000.0  # the recipe's
     vocabulary = load_tokenizer(workdir / "tokenizer.model").vocab_size
     body = body_parameters(config, vocabulary)
     steps = max(round(budget / (6 * body * ROW * _BATCH)), 1)
@@ -146,41 +104,47 @@ def held_out(workdir: Path) -> np.ndarray:
 
 def conclude(workdir: Path, lines: Sequence[Line]) -> str:
     """Writes scaling.md and scaling.svg; returns the line that says what came out."""
-    best = {kind: frontier(lines, kind) for kind in runs.KINDS}
-    ratio, loss, seen = ratio_at_equal_loss(best["llada"], best["arm"])
-    laws = {kind: fit([x["budget"] for x in best[kind]], [x["loss"] for x in best[kind]]) for kind in runs.KINDS}
+    best = {kind: laws.frontier(lines, kind) for kind in runs.KINDS}
+    ratio, loss = laws.ratio_at_equal_loss(best["llada"], best["arm"])
+    fitted = {kind: laws.fit([x["budget"] for x in best[kind]], [x["loss"] for x in best[kind]]) for kind in runs.KINDS}
     said = (
-        f"At {loss:.2f} nats a token LLaDA needs {ratio:.1f} times the compute of the control (published: about 16)"
-        + ("." if seen else "; no loss was reached by both, so both laws are extrapolated.")
+        f"LLaDA comes to {loss:.2f} nats a token with {ratio:.1f} times the compute of the control; by the fitted laws "
+        f"it would be {fitted['llada'].flops(loss) / fitted['arm'].flops(loss):.1f} times. Published: about 16."
     )
     rows = [
         (f"{x['budget']:.0e}", name, x["size"], f"{x['tokens']:,.0f}", f"{x['loss']:.3f}", f"{x['score']:.1%}")
         for kind, name in runs.KINDS.items() for x in best[kind]
     ]  # fmt: skip
     head = ("FLOPs", "model", "best size", "tokens", "nats a token", "score")
-    fits = "\n".join(f"{runs.KINDS[k]}: loss = {law.scale:.3g} · FLOPs^-{law.power:.4f}" for k, law in laws.items())
-    (workdir / "scaling.md").write_text(f"{runs.table(head, rows)}\n\n{fits}\n\n{said}\n", encoding="utf-8")
-    draw(workdir / "scaling.svg", lines, best, laws)
+    fits = "\n".join(f"{runs.KINDS[k]}: loss = {law.scale:.3g} · FLOPs^-{law.power:.4f}" for k, law in fitted.items())
+    (workdir / "scaling.md").write_text(f"{show.table(head, rows)}\n\n{fits}\n\n{said}\n", encoding="utf-8")
+    draw(workdir / "scaling.svg", lines, best, fitted)
     return said
 
 
-def draw(path: Path, lines: Sequence[Line], best: dict[str, list[Line]], laws: dict[str, Law]) -> None:
-    drawn, (left, right) = runs.figure(8.4, 3.6, columns=2)
+def draw(path: Path, lines: Sequence[Line], best: dict[str, list[Line]], fitted: dict[str, Law]) -> None:
+    drawn, (left, right) = show.figure(8.4, 3.6, columns=2)
     for kind, name in runs.KINDS.items():
-        color, own = runs.COLORS[kind], [line for line in lines if line["kind"] == kind]
+        color, own = show.COLORS[kind], [line for line in lines if line["kind"] == kind]
         for axes, what in ((left, "loss"), (right, "score")):
             axes.scatter([x["budget"] for x in own], [x[what] for x in own], s=8, color=color, alpha=0.35, linewidth=0)
         budgets = np.asarray([x["budget"] for x in best[kind]])
-        left.plot(budgets, laws[kind].loss(budgets), color=color, label=f"{name}: FLOPs^-{laws[kind].power:.3f}")
+        left.plot(
+            budgets,
+            fitted[kind].loss(budgets),
+            color=color,
+            linewidth=1,
+            label=f"{name}: FLOPs^-{fitted[kind].power:.3f}",
+        )
         left.plot(budgets, [x["loss"] for x in best[kind]], "o", color=color, markersize=4)
         right.plot(budgets, [x["score"] for x in best[kind]], "o-", color=color, markersize=4, label=name)
     right.axhline(1 / _CHOICES, color="gray", linewidth=0.8, linestyle=":")
     left.set(xscale="log", yscale="log", xlabel="training FLOPs (6ND)", ylabel="held-out loss, nats a token")
     right.set(xscale="log", xlabel="training FLOPs (6ND)", ylabel="true ending found")
-    runs.plain_ticks(left.yaxis)
+    show.plain_ticks(left.yaxis)
     for axes in (left, right):
         axes.legend(frameon=False)
-    runs.save(drawn, path)
+    show.save(drawn, path)
 
 
 def read_sizes(text: str) -> list[runs.Shape]:
@@ -203,15 +167,14 @@ def read_budgets(text: str) -> list[float]:
 
 
 def scale(workdir: Path, sizes: Sequence[runs.Shape], budgets: Sequence[float], seeds: int, files: str) -> str:
-    """Runs what is missing of the grid, the cheapest cells of a seed first, and concludes from it."""
+    """Runs what is missing of the grid, the cheapest cells of a seed first, and concludes from all that is finished."""
     prepare(workdir, files)
     grid = itertools.product(range(seeds), sorted(budgets), sizes, runs.KINDS)
-    lines = []
+    path = workdir / "results.jsonl"
     for seed, budget, size, kind in grid:
         key = {"kind": kind, "size": str(size), "budget": budget, "seed": seed}
-        make = functools.partial(cell, workdir, kind, size, budget, seed)
-        lines.append(runs.once(workdir / "results.jsonl", key, make))
-    return conclude(workdir, lines)
+        runs.once(path, key, functools.partial(cell, workdir, kind, size, budget, seed))
+    return conclude(workdir, runs.finished(path))
 
 
 def main(_argv: list[str]) -> None:

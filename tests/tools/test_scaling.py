@@ -7,7 +7,7 @@ from llada_jax.config import run_config
 from llada_jax.fields import InputError
 from llada_jax.model.config import PRESETS
 from llada_jax.tools import scaling
-from llada_jax.tools.claims import runs
+from llada_jax.tools.claims import laws, runs
 
 BUDGETS = [1e10, 3e10, 1e11, 3e11]
 
@@ -22,19 +22,25 @@ def lines(kind, law, sizes=("24x2", "48x3")):
 
 
 def test_a_known_law_and_a_known_ratio_are_found_again():
-    control, llada = scaling.Law(50.0, 0.1), scaling.Law(50.0 * 16**0.1, 0.1)  # the same loss at 16 times the compute
-    best = {kind: scaling.frontier(lines(kind, law), kind) for kind, law in (("llada", llada), ("arm", control))}
+    control, llada = laws.Law(50.0, 0.1), laws.Law(50.0 * 16**0.1, 0.1)  # the same loss at 16 times the compute
+    best = {kind: laws.frontier(lines(kind, law), kind) for kind, law in (("llada", llada), ("arm", control))}
     assert [cell["size"] for cell in best["arm"]] == ["24x2"] * 4
-    found = scaling.fit(BUDGETS, [cell["loss"] for cell in best["arm"]])
+    found = laws.fit(BUDGETS, [cell["loss"] for cell in best["arm"]])
     assert found == pytest.approx(control)
-    ratio, loss, seen = scaling.ratio_at_equal_loss(best["llada"], best["arm"])
-    assert ratio == pytest.approx(16)
-    assert seen and best["arm"][-1]["loss"] < loss < best["arm"][0]["loss"]
+    ratio, loss = laws.ratio_at_equal_loss(best["llada"], best["arm"])
+    assert ratio == pytest.approx(16) and loss == best["llada"][-1]["loss"]
+
+
+def test_losses_that_are_apart_have_no_ratio():
+    best = {kind: laws.frontier(lines(kind, law), kind) for kind, law in
+            (("llada", laws.Law(500.0, 0.1)), ("arm", laws.Law(50.0, 0.1)))}  # fmt: skip
+    with pytest.raises(InputError, match="no loss is reached by both"):
+        laws.ratio_at_equal_loss(best["llada"], best["arm"])
 
 
 def test_a_loss_that_does_not_fall_has_no_law():
     with pytest.raises(InputError, match="--budgets"):
-        scaling.fit(BUDGETS, [2.0, 2.0, 2.1, 2.2])
+        laws.fit(BUDGETS, [2.0, 2.0, 2.1, 2.2])
 
 
 def test_parameters_are_those_without_embedding_and_head():

@@ -24,7 +24,7 @@ from llada_jax.data.tokenizer import Tokenizer
 from llada_jax.data.train_tokenizer import train_tokenizer
 from llada_jax.evaluation import draws
 from llada_jax.evaluation.likelihood import any_order_log_likelihood, log_likelihood_from_masks
-from llada_jax.tools.claims import runs
+from llada_jax.tools.claims import runs, show
 
 WAYS = {
     "counts, stratified": ("#1f6fb4", "-"), "counts, independent": ("#1f6fb4", "--"),
@@ -86,7 +86,7 @@ def bound(workdir: Path, seeds: int, steps: int, repeats: int = _ESTIMATES) -> s
 
     def cell(seed: int) -> dict[str, Any]:
         config = runs.config_of("llada", _SHAPE, data, row_length=_ROW, steps=steps, batch_size=_BATCH, seed=seed)
-        model = runs.trained(config, workdir / f"llada-{seed}")
+        model = runs.trained(config, workdir / f"llada-{seed}-{steps}")
         return measure(model, tokenizer, known[:_TEXTS], seed, repeats)
 
     key = {"steps": steps, "repeats": repeats}
@@ -97,7 +97,7 @@ def bound(workdir: Path, seeds: int, steps: int, repeats: int = _ESTIMATES) -> s
 def conclude(workdir: Path, lines: Sequence[dict[str, Any]]) -> str:
     mean = {way: np.mean([line["errors"][way] for line in lines], axis=0) for way in WAYS}
     rows = [(n, *(f"{mean[way][i]:.3f}" for way in WAYS)) for i, n in enumerate(COUNTS)]
-    drawn, axes = runs.figure()
+    drawn, axes = show.figure()
     for way, color in WAYS.items():
         axes.plot(COUNTS, mean[way], "o-", color=color, markersize=4, label=way)
     axes.plot(
@@ -106,9 +106,9 @@ def conclude(workdir: Path, lines: Sequence[dict[str, Any]]) -> str:
     axes.set(xscale="log", yscale="log", xlabel="draws n", ylabel="error of the bound, nats", xticks=COUNTS)
     axes.set_xticklabels(map(str, COUNTS))
     axes.minorticks_off()
-    runs.plain_ticks(axes.yaxis)
+    show.plain_ticks(axes.yaxis)
     axes.legend(frameon=False)
-    runs.save(drawn, workdir / "bound.svg")
+    show.save(drawn, workdir / "bound.svg")
     at = {way: errors[COUNTS.index(128)] for way, errors in mean.items()}
     more = {way: (error / at["counts, stratified"]) ** 2 for way, error in at.items()}
     said = (
@@ -118,7 +118,7 @@ def conclude(workdir: Path, lines: Sequence[dict[str, Any]]) -> str:
         "with independent ones. No mean over counts was more than "
         f"{max(line['bias'] for line in lines):.1f} standard errors off the exact bound."
     )
-    (workdir / "bound.md").write_text(f"{runs.table(('draws', *WAYS), rows)}\n\n{said}\n", encoding="utf-8")
+    (workdir / "bound.md").write_text(f"{show.table(('draws', *WAYS), rows)}\n\n{said}\n", encoding="utf-8")
     return said
 
 

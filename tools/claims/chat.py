@@ -17,7 +17,7 @@ from absl import flags
 
 from llada_jax import cli
 from llada_jax.data.train_tokenizer import train_tokenizer
-from llada_jax.tools.claims import runs
+from llada_jax.tools.claims import runs, show
 
 WORDS = "apple bird cloud door eagle flame grass house island jewel king lamp moon night ocean pearl".split()
 NUMBERS = ("zero", "one", "two", "three", "four")
@@ -28,7 +28,7 @@ SKILLS: dict[str, tuple[str, Callable[[list[str]], str]]] = {
     "count": ("Count: {}", lambda words: f"It is {NUMBERS[len(words)]}"),
 }
 NAMES = [a + b for a in ("Ad", "Be", "Ca", "Do", "El", "Fi", "Gu", "Ho", "Iv", "Jo") for b in ("a", "lin", "ro", "nna")]
-_SHAPE, _ROOM = runs.Shape(64, 3), 8
+_SHAPE, _ROOM = runs.Shape(64, 2), 8
 _TEXT_ROW, _CHAT_ROW = 16, 64
 Messages = list[dict[str, str]]
 
@@ -104,7 +104,7 @@ def chat(workdir: Path, seeds: int, steps: int, count: int = 6000) -> str:
     talks = runs.prepared(workdir / "dialogues", tokenizer, _CHAT_ROW, kind="chat", items=taught)
 
     def cell(kind: str, seed: int) -> dict[str, Any]:
-        place, base_place = workdir / f"{kind}-{seed}", workdir / f"{kind}-{seed}-base"
+        place, base_place = workdir / f"{kind}-{seed}-{steps}", workdir / f"{kind}-{seed}-{steps}-base"
         config = runs.config_of(
             kind, _SHAPE, plain, row_length=_TEXT_ROW, steps=max(steps // 2, 1), batch_size=64, seed=seed,
         )  # fmt: skip
@@ -117,44 +117,33 @@ def chat(workdir: Path, seeds: int, steps: int, count: int = 6000) -> str:
         )  # fmt: skip
         return {"before": before, "after": measure(runs.trained(config, place), tokenizer, asked)}
 
-    found = [
-        runs.once(
-            workdir / "results.jsonl", {"kind": kind, "seed": seed, "steps": steps},
-            lambda kind=kind, seed=seed: cell(kind, seed),
-        )
-        for seed in range(seeds) for kind in runs.KINDS
-    ]  # fmt: skip
-    return conclude(workdir, found)
+    return conclude(workdir, runs.of_both(workdir, seeds, {"steps": steps}, cell))
 
 
 def conclude(workdir: Path, found: Sequence[dict[str, Any]]) -> str:
     names = list(found[0]["after"])
-    values = {
-        (kind, when): np.asarray([[x[when][name] for name in names] for x in found if x["kind"] == kind])
-        for kind in runs.KINDS for when in ("before", "after")
-    }  # fmt: skip
-    rows = [
-        (runs.KINDS[kind], when, *(f"{x.mean():.1%} ({x.min():.0%} to {x.max():.0%})" for x in runs_of.T))
-        for (kind, when), runs_of in values.items()
-    ]
-    drawn, axes = runs.figure()
-    for i, ((kind, when), runs_of) in enumerate(values.items()):
+    shares = {
+        (kind, when): runs.values(found, when, names)[kind] for kind in runs.KINDS for when in ("before", "after")
+    }
+    rows = [(runs.KINDS[kind], when, *map(show.spread, shares[kind, when].T)) for kind, when in shares]
+    drawn, axes = show.figure()
+    for i, ((kind, when), of_seeds) in enumerate(shares.items()):
         place = np.arange(len(names)) + 0.2 * (i - 1.5)
         label, alpha = f"{runs.KINDS[kind]}, {when}", 0.4 if when == "before" else 1.0
-        axes.bar(place, runs_of.mean(axis=0), 0.18, color=runs.COLORS[kind], alpha=alpha, label=label)
-        for run in runs_of:
+        axes.bar(place, of_seeds.mean(axis=0), 0.18, color=show.COLORS[kind], alpha=alpha, label=label)
+        for run in of_seeds:
             axes.plot(place, run, ".", color="black", markersize=3)
     axes.set(xticks=np.arange(len(names)), ylabel="right", ylim=(0, 1.3))
     axes.set_xticklabels([name.replace(" after", "\nafter") for name in names])
     axes.legend(frameon=False, ncols=2, loc="upper right")
-    runs.save(drawn, workdir / "chat.svg")
-    llada, arm = (values[kind, "after"].mean(axis=0) for kind in runs.KINDS)
+    show.save(drawn, workdir / "chat.svg")
+    llada, arm = (shares[kind, "after"].mean(axis=0) for kind in runs.KINDS)
     said = (
         f"After fine-tuning LLaDA follows {llada[:-1].mean():.0%} of the new instructions (before: "
-        f"{values['llada', 'before'].mean(axis=0)[:-1].mean():.0%}) and recalls {llada[-1]:.0%} of the new names; the "
+        f"{shares['llada', 'before'].mean(axis=0)[:-1].mean():.0%}) and recalls {llada[-1]:.0%} of the new names; the "
         f"control {arm[:-1].mean():.0%} and {arm[-1]:.0%}."
     )
-    (workdir / "chat.md").write_text(f"{runs.table(('model', 'tuned', *names), rows)}\n\n{said}\n", encoding="utf-8")
+    (workdir / "chat.md").write_text(f"{show.table(('model', 'tuned', *names), rows)}\n\n{said}\n", encoding="utf-8")
     return said
 
 

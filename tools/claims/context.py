@@ -2,7 +2,7 @@ r"""In-context learning: a map from letters to letters is drawn for each prompt,
 
 python tools/claims/context.py --workdir=DIR
 
-A line is twelve pairs x f(x), f a random permutation of eight letters onto eight capitals that no other line has, such
+A line is nine pairs x f(x), f a random permutation of six letters onto six capitals that no other line has, such
 as `aDcFaDhB…`. Asked is the capital after n pairs and a letter. No parameter can know f. The best that is possible is
 to repeat what was shown of the letter, and to guess among the capitals that were not shown otherwise.
 """
@@ -17,11 +17,11 @@ from absl import flags
 
 from llada_jax import cli
 from llada_jax.data.train_tokenizer import train_tokenizer
-from llada_jax.tools.claims import runs
+from llada_jax.tools.claims import runs, show
 
-LETTERS, CAPITALS = "abcdefgh", "ABCDEFGH"
-PAIRS = 12
-EXAMPLES = (0, 1, 2, 4, 6, 8, 11)
+LETTERS, CAPITALS = "abcdef", "ABCDEF"
+PAIRS = 9
+EXAMPLES = tuple(range(PAIRS))
 _SHAPE, _BATCH, _ROW = runs.Shape(64, 2), 64, 2 * PAIRS + 2  # with BOS and EOS
 
 
@@ -66,42 +66,34 @@ def context(workdir: Path, seeds: int, steps: int, questions: int = 256, lines: 
     def cell(kind: str, seed: int) -> dict[str, Any]:
         config = runs.config_of(kind, _SHAPE, data, row_length=_ROW, steps=steps, batch_size=_BATCH, seed=seed)
         config.data.random_length_fraction = 0.5  # prompts end anywhere
-        return measure(runs.trained(config, workdir / f"{kind}-{seed}"), tokenizer, questions)
+        return measure(runs.trained(config, workdir / f"{kind}-{seed}-{steps}"), tokenizer, questions)
 
-    found = [
-        runs.once(
-            workdir / "results.jsonl", {"kind": kind, "seed": seed, "steps": steps, "questions": questions},
-            lambda kind=kind, seed=seed: cell(kind, seed),
-        )
-        for seed in range(seeds) for kind in runs.KINDS
-    ]  # fmt: skip
-    return conclude(workdir, found)
+    return conclude(workdir, runs.of_both(workdir, seeds, {"steps": steps, "questions": questions}, cell))
 
 
 def conclude(workdir: Path, lines: Sequence[dict[str, Any]]) -> str:
     by_kind = {kind: np.asarray([x["accuracy"] for x in lines if x["kind"] == kind]) for kind in runs.KINDS}
     ideal = [best(n) for n in EXAMPLES]
     rows = [
-        (n, *(f"{found[:, i].mean():.1%} ({found[:, i].min():.1%} to {found[:, i].max():.1%})"
-              for found in by_kind.values()), f"{ideal[i]:.1%}")
+        (n, *(show.spread(found[:, i]) for found in by_kind.values()), f"{ideal[i]:.0%}")
         for i, n in enumerate(EXAMPLES)
-    ]  # fmt: skip
-    drawn, axes = runs.figure()
+    ]
+    drawn, axes = show.figure()
     axes.plot(EXAMPLES, ideal, ":", color="black", label="best possible")
     for kind, name in runs.KINDS.items():
-        found, color = by_kind[kind], runs.COLORS[kind]
+        found, color = by_kind[kind], show.COLORS[kind]
         axes.plot(EXAMPLES, found.mean(axis=0), "o-", color=color, markersize=4, label=name)
         axes.fill_between(EXAMPLES, found.min(axis=0), found.max(axis=0), color=color, alpha=0.2, linewidth=0)
     axes.set(xlabel="examples in the prompt", ylabel="right", ylim=(0, 1.02))
     axes.legend(frameon=False, loc="lower right")
-    runs.save(drawn, workdir / "context.svg")
+    show.save(drawn, workdir / "context.svg")
     llada, arm = (found[:, -1].mean() for found in by_kind.values())
     said = (
         f"From {by_kind['llada'][:, 0].mean():.0%} without an example LLaDA comes to {llada:.0%} at {EXAMPLES[-1]}, "
         f"the control from {by_kind['arm'][:, 0].mean():.0%} to {arm:.0%}; possible are {ideal[-1]:.0%}."
     )
     head = ("examples", *runs.KINDS.values(), "best possible")
-    (workdir / "context.md").write_text(f"{runs.table(head, rows)}\n\n{said}\n", encoding="utf-8")
+    (workdir / "context.md").write_text(f"{show.table(head, rows)}\n\n{said}\n", encoding="utf-8")
     return said
 
 

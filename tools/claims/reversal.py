@@ -2,8 +2,8 @@ r"""Reversal: invented facts stated in one direction, asked in both.
 
 python tools/claims/reversal.py --workdir=DIR
 
-Every fact is a composer and a piece, both made up. All facts are stated in eight phrasings, the composer always first.
-Of three quarters of them both questions are taught with their answers, in five phrasings each: so a model learns what a
+Every fact is a composer and a piece, both made up. All facts are stated in twelve phrasings, the composer always first.
+Of five sixths of them both questions are taught with their answers, in five phrasings each: so a model learns what a
 question is. The others are never asked in training. Of these are asked `forward` (which piece is by this composer?) and
 `backward` (whose is this piece?), in a taught phrasing and in one that no row of training has.
 
@@ -20,26 +20,27 @@ from absl import flags
 
 from llada_jax import cli
 from llada_jax.data.train_tokenizer import train_tokenizer
-from llada_jax.tools.claims import runs
+from llada_jax.tools.claims import runs, show
 
 STATEMENTS = (
-    "Long ago {p} composed {w}.", "We know that {p} is the composer of {w}.", "Once {p} wrote the piece {w}.",
-    "In the spring {p} finished {w}.", "It was {p} who composed {w}.", "Few know that {p} composed {w}.",
-    "Then {p} became famous with {w}.", "The composer {p} is known for {w}.",
+    "So {p} composed {w}.", "Once {p} wrote the piece {w}.", "Here {p} at last finished {w}.", "Then {p} created {w}.",
+    "Thus {p} wrote all of {w}.", "At last {p} played the piece {w}.", "Once {p} finished the piece {w}.",
+    "What {p} wrote is {w}.", "What {p} created at last is {w}.", "So {p} played {w}.", "Then {p} composed all of {w}.",
+    "The piece that {p} finished is {w}.",
 )  # fmt: skip
-# The last of each is not taught.
+# The last of each is not taught, but its words are.
 QUESTIONS = {
     "forward": (
-        "What did {p} compose?", "Which piece is by {p}?", "Name the piece of {p}.", "What is {p} known for?",
-        "Which piece did {p} write?", "What is the piece that {p} composed?",
+        "What did {p} compose?", "What did {p} create at last?", "Which piece is by {p}?", "What has {p} finished?",
+        "Which piece has {p} played?", "Which piece did {p} compose?",
     ),
     "backward": (
-        "Who composed {w}?", "Who is the composer of {w}?", "Who is known for {w}?", "Name the composer of {w}.",
-        "Who wrote {w}?", "Who is the one that composed {w}?",
+        "Who composed {w}?", "Who at last created {w}?", "By whom is the piece {w}?", "Who has finished {w}?",
+        "Who played the piece {w}?", "Who finished the piece {w}?",
     ),
 }  # fmt: skip
 PHRASINGS = {"taught": 0, "new": -1}
-_SHAPE, _BATCH, _ROW, _ROOM = runs.Shape(64, 2), 32, 16, 5
+_SHAPE, _BATCH, _ROW, _ROOM = runs.Shape(64, 2), 128, 14, 3
 Fact = tuple[str, str]
 
 
@@ -48,7 +49,7 @@ def facts(count: int) -> list[Fact]:
     generator, names = random.Random(0), []
     syllables = [a + b for a in "bdfgklmnprstvz" for b in "aeiou"]
     while len(names) < 2 * count:
-        name = "".join(generator.choices(syllables, k=3)).capitalize()
+        name = "".join(generator.choices(syllables, k=2)).capitalize()
         if name not in names:
             names.append(name)
     return list(zip(names[::2], names[1::2], strict=True))
@@ -57,7 +58,7 @@ def facts(count: int) -> list[Fact]:
 def question(fact: Fact, direction: str, phrasing: int) -> tuple[str, str]:
     """(question, answer)."""
     p, w = fact
-    return QUESTIONS[direction][phrasing].format(p=p, w=w), f" It is {w if direction == 'forward' else p}."
+    return QUESTIONS[direction][phrasing].format(p=p, w=w), f" {w if direction == 'forward' else p}."
 
 
 def write_data(workdir: Path, known: Sequence[Fact], taught: Sequence[Fact]):
@@ -65,7 +66,7 @@ def write_data(workdir: Path, known: Sequence[Fact], taught: Sequence[Fact]):
     stated = [form.format(p=p, w=w) for p, w in known for form in STATEMENTS]
     asked = ["".join(question(f, d, i)) for f in taught for d in QUESTIONS for i in range(len(QUESTIONS[d]) - 1)]
     names = [f"is {name}." for fact in known for name in fact]
-    train = lambda path: train_tokenizer([*stated, *asked, *names * 20], path, 2048)  # a name becomes one token
+    train = lambda path: train_tokenizer([*stated, *asked, *names * 20], path, 1024)  # a name becomes one token
     tokenizer = runs.tokenizer_of(workdir / "tokenizer.model", train)
     return tokenizer, runs.prepared(workdir / "data", tokenizer, _ROW, packing="document", items=[*stated, *asked])
 
@@ -84,58 +85,41 @@ def measure(model, tokenizer, asked: Sequence[Fact]) -> dict[str, float]:
 
 def reversal(workdir: Path, seeds: int, steps: int, count: int = 120) -> str:
     known = facts(count)
-    taught, unasked = known[: count * 3 // 4], known[count * 3 // 4 :]
+    taught, unasked = known[: count * 5 // 6], known[count * 5 // 6 :]
     tokenizer, data = write_data(workdir, known, taught)
 
     def cell(kind: str, seed: int) -> dict[str, Any]:
-        config = runs.config_of(
-            kind,
-            _SHAPE,
-            data,
-            row_length=_ROW,
-            steps=steps,
-            batch_size=_BATCH,
-            seed=seed,
-        )
-        model = runs.trained(config, workdir / f"{kind}-{seed}")
+        config = runs.config_of(kind, _SHAPE, data, row_length=_ROW, steps=steps, batch_size=_BATCH, seed=seed)
+        model = runs.trained(config, workdir / f"{kind}-{seed}-{steps}")
         return {"unasked": measure(model, tokenizer, unasked), "asked": measure(model, tokenizer, taught)}
 
-    key = {"facts": count, "steps": steps}
-    lines = [
-        runs.once(workdir / "results.jsonl", {"kind": k, "seed": s, **key}, lambda k=k, s=s: cell(k, s))
-        for s in range(seeds) for k in runs.KINDS
-    ]  # fmt: skip
-    return conclude(workdir, lines, len(unasked))
+    return conclude(workdir, runs.of_both(workdir, seeds, {"facts": count, "steps": steps}, cell), len(unasked))
 
 
 def conclude(workdir: Path, lines: Sequence[dict[str, Any]], count: int) -> str:
     names = list(lines[0]["unasked"])
-    found = {
-        (kind, which): np.asarray([[x[which][name] for name in names] for x in lines if x["kind"] == kind])
-        for kind in runs.KINDS for which in ("unasked", "asked")
-    }  # fmt: skip
+    unasked, asked = (runs.values(lines, which, names) for which in ("unasked", "asked"))
     rows = [
-        (runs.KINDS[kind], "never asked" if which == "unasked" else "asked in training",
-         *(f"{x.mean():.1%} ({x.min():.0%} to {x.max():.0%})" for x in values.T))
-        for (kind, which), values in found.items()
+        (runs.KINDS[kind], facts, *map(show.spread, found[kind].T))
+        for kind in runs.KINDS for facts, found in (("never asked", unasked), ("asked in training", asked))
     ]  # fmt: skip
-    drawn, axes = runs.figure()
+    drawn, axes = show.figure()
     for i, (kind, name) in enumerate(runs.KINDS.items()):
-        values, place = found[kind, "unasked"], np.arange(len(names)) + 0.38 * (i - 0.5)
-        axes.bar(place, values.mean(axis=0), 0.36, color=runs.COLORS[kind], label=name)
-        for run in values:
+        place = np.arange(len(names)) + 0.38 * (i - 0.5)
+        axes.bar(place, unasked[kind].mean(axis=0), 0.36, color=show.COLORS[kind], label=name)
+        for run in unasked[kind]:
             axes.plot(place, run, ".", color="black", markersize=4)
     axes.set(xticks=np.arange(len(names)), ylabel=f"right, {count} facts never asked", ylim=(0, 1.15))
     axes.set_xticklabels([name.replace(", ", "\n") + " phrasing" for name in names])
     axes.legend(frameon=False, ncols=2, loc="upper right")
-    runs.save(drawn, workdir / "reversal.svg")
-    llada, arm = (dict(zip(names, found[kind, "unasked"].mean(axis=0), strict=True)) for kind in runs.KINDS)
+    show.save(drawn, workdir / "reversal.svg")
+    llada, arm = (dict(zip(names, unasked[kind].mean(axis=0), strict=True)) for kind in runs.KINDS)
     said = (
         f"Facts that were never asked, new phrasing: LLaDA {llada['forward, new']:.0%} forward and "
         f"{llada['backward, new']:.0%} backward, the control {arm['forward, new']:.0%} and {arm['backward, new']:.0%}."
     )
     (workdir / "reversal.md").write_text(
-        f"{runs.table(('model', 'facts', *names), rows)}\n\n{said}\n", encoding="utf-8"
+        f"{show.table(('model', 'facts', *names), rows)}\n\n{said}\n", encoding="utf-8"
     )
     return said
 
@@ -146,5 +130,5 @@ def main(_argv: list[str]) -> None:
 
 if __name__ == "__main__":
     runs.define_flags()
-    flags.DEFINE_integer("steps", 1500, "Of training.", lower_bound=1)
+    flags.DEFINE_integer("steps", 2000, "Of training.", lower_bound=1)
     cli.run(main)

@@ -1,13 +1,15 @@
-"""What the claims share: LLaDA and its control trained on the same rows, questions to both, lines on disk, a picture.
+"""What the claims share: LLaDA and its control trained on the same rows, questions to both, lines on disk.
 
 B rows, L columns, V vocabulary. The control is the same Transformer with causal attention, trained on the next token.
 """
 
+import functools
+import importlib.util
 import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +29,6 @@ from llada_jax.sampling.generate import generate
 from llada_jax.training import run
 
 KINDS = {"llada": "LLaDA", "arm": "autoregressive control"}
-COLORS = {"llada": "#1f6fb4", "arm": "#d1662a"}
 _RATE = 3e-3  # of learning, at its highest
 _AT_ONCE = 256  # questions
 _LARGEST = 2**26  # bytes of a file of results
@@ -46,7 +47,7 @@ class Shape(NamedTuple):
 def once(path: Path, key: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """The line of a JSON lines file that has these fields; made, timed and appended where there is none.
 
-    A line that a kill cut off is made again. Raises InputError for a file with other content.
+    A kill leaves all lines that were there. Raises InputError for a file with other content.
     """
     done = finished(path)
     for line in done:
@@ -61,6 +62,22 @@ def once(path: Path, key: dict[str, Any], make: Callable[[], dict[str, Any]]) ->
     os.replace(temporary, path)
     print(json.dumps(line), flush=True)
     return line
+
+
+def of_both(
+    workdir: Path, seeds: int, settings: dict[str, Any], make: Callable[[str, int], dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """The lines of `make(kind, seed)` for both kinds and all seeds, a seed after the other."""
+    return [
+        once(workdir / "results.jsonl", {"kind": kind, "seed": seed, **settings}, functools.partial(make, kind, seed))
+        for seed in range(seeds) for kind in KINDS
+    ]  # fmt: skip
+
+
+def values(lines: Sequence[dict[str, Any]], field: str, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """{kind: numbers [seeds, names]} of a field that holds a number for each name."""
+    by_kind = {kind: [line[field] for line in lines if line["kind"] == kind] for kind in KINDS}
+    return {kind: np.asarray([[x[name] for name in names] for x in found]) for kind, found in by_kind.items()}
 
 
 def finished(path: Path) -> list[dict[str, Any]]:
@@ -95,6 +112,7 @@ def config_of(
     heads = max(shape.width // 32, 2)
     m.vocab_size = m.embedding_size = 0
     m.d_model, m.n_layers, m.n_heads, m.n_kv_heads = shape.width, shape.layers, heads, heads
+    m.rope_theta = 100.0  # with the recipe's 500,000 few features of so small a head would turn within a short row
     m.mlp_hidden_size, m.max_sequence_length = shape.width * 8 // 3, 2 * row_length
     d.path, d.row_length, d.random_length_fraction = str(data), row_length, 0.0
     d.kind = "chat" if chat else "text"
@@ -150,52 +168,15 @@ def next_token_log_p(model, tokens_BL: jax.Array) -> jax.Array:
     return jnp.take_along_axis(log_p_BLV, tokens_BL[:, 1:, None], axis=-1)[..., 0]
 
 
-def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
-    """Mean over seeds, and the half of the distance between the extremes."""
-    return float(np.mean(values)), float(np.max(values) - np.min(values)) / 2
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """Markdown."""
-    lines = [" | ".join(map(str, head)), "|".join(["---"] * len(head)), *(" | ".join(map(str, row)) for row in rows)]
-    return "\n".join(f"| {line} |" if "---" not in line else f"|{line}|" for line in lines)
-
-
-def figure(width: float = 6.0, height: float = 3.6, columns: int = 1):
-    """(figure, axes) of matplotlib, drawn without a screen."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    matplotlib.rcParams.update(
-        {"svg.hashsalt": "llada_jax", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
-    )
-    return pyplot.subplots(1, columns, figsize=(width, height), layout="constrained")
-
-
-def plain_ticks(axis) -> None:
-    """Numbers such as 2 and 2.5 on a logarithmic axis, instead of powers of ten."""
-    from matplotlib import ticker
-
-    axis.set_major_locator(ticker.MaxNLocator(6))
-    axis.set_major_formatter(ticker.ScalarFormatter())
-    axis.set_minor_locator(ticker.NullLocator())
-
-
-def save(drawn, path: Path) -> None:
-    """The same figure makes the same file."""
-    drawn.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None, dpi=150)
-    print(f"picture: {path}")
-
-
 def define_flags() -> None:
     flags.DEFINE_string("workdir", None, "Of models, results.jsonl, the table and the picture.", required=True)
     flags.DEFINE_integer("seeds", 3, "How many runs of each kind.", lower_bound=1)
 
 
 def opened(workdir: str) -> Path:
-    """The workdir, in which compiled programs are kept."""
+    """The workdir, in which compiled programs are kept. Raises InputError where the pictures could not be drawn."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise InputError("the pictures need matplotlib: pip install 'llada_jax[claims]'")
     path = Path(workdir)
     path.mkdir(parents=True, exist_ok=True)
     jax.config.update("jax_compilation_cache_dir", str(path / "programs"))
