@@ -103,9 +103,13 @@ def test_what_is_asked_after_fine_tuning_was_not_taught():
     "name, command",
     [
         ("bound", lambda place: bound.bound(place, seeds=1, steps=2, repeats=20)),
-        ("context", lambda place: context.context(place, seeds=1, steps=2, questions=8, lines=200)),
+        pytest.param(
+            "context",
+            lambda place: context.context(place, seeds=1, steps=2, questions=8, lines=200),
+            marks=pytest.mark.slow,
+        ),
         ("reversal", lambda place: reversal.reversal(place, seeds=1, steps=2, count=8)),
-        ("chat", lambda place: chat.chat(place, seeds=1, steps=2, count=60)),
+        pytest.param("chat", lambda place: chat.chat(place, seeds=1, steps=2, count=60), marks=pytest.mark.slow),
     ],
 )
 def test_a_command_leaves_lines_a_table_and_a_picture(tmp_path, name, command):

@@ -1,6 +1,5 @@
 """The scaling study: a law is found again, a grid goes on after a kill, and mistakes are said in a line."""
 
-import numpy as np
 import pytest
 
 from llada_jax.config import run_config
@@ -64,27 +63,41 @@ def test_budgets_are_two_numbers_or_more(text):
         scaling.read_budgets(text)
 
 
-def test_a_grid_goes_on_after_a_kill(tmp_path, monkeypatch):
-    made, whole = [], scaling.cell
+SIZES, TWO = [runs.Shape(16, 1)], [1e9, 1e10]
 
-    def cell(workdir, kind, *rest):
+
+def test_a_grid_goes_on_after_a_kill(tmp_path, monkeypatch):
+    made = []
+
+    def cell(workdir, kind, size, budget, seed):
         if len(made) == 3:
             raise KeyboardInterrupt
-        made.append(kind)
-        return whole(workdir, kind, *rest)
+        made.append((kind, budget))
+        return {"loss": 1e11**0.1 / budget**0.1 + (kind == "llada") * 0.01, "score": 0.5, "tokens": 1}
 
     monkeypatch.setattr(scaling, "cell", cell)
-    sizes, budgets = [runs.Shape(16, 1)], [1.1e8, 1e9]
+    monkeypatch.setattr(scaling, "prepare", lambda *_: None)
     with pytest.raises(KeyboardInterrupt):
-        scaling.scale(tmp_path, sizes, budgets, 1, "couplets")
+        scaling.scale(tmp_path, SIZES, TWO, 1, "couplets")
     before = (tmp_path / "results.jsonl").read_text()
     assert len(before.splitlines()) == 3
-    monkeypatch.setattr(scaling, "cell", whole)
-    said = scaling.scale(tmp_path, sizes, budgets, 1, "couplets")
+    last = made.pop()  # one more may be made
+    said = scaling.scale(tmp_path, SIZES, TWO, 1, "couplets")
     after = (tmp_path / "results.jsonl").read_text()
     assert after.startswith(before) and len(after.splitlines()) == 4
-    assert said in (tmp_path / "scaling.md").read_text() and (tmp_path / "scaling.svg").exists()
-    for line in runs.finished(tmp_path / "results.jsonl"):
-        assert line["tokens"] == line["steps"] * 512
-        assert abs(6 * line["parameters"] * line["tokens"] / line["budget"] - 1) < 0.1
-        assert np.isfinite(line["loss"])
+    assert (
+        last != made[-1]
+        and len({(line["kind"], line["budget"]) for line in runs.finished(tmp_path / "results.jsonl")}) == 4
+    )
+    assert said in (tmp_path / "scaling.md").read_text() and "</svg>" in (tmp_path / "scaling.svg").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", runs.KINDS)
+def test_a_cell_spends_its_budget_and_is_measured(tmp_path, kind):
+    scaling.prepare(tmp_path, "couplets")
+    found = scaling.cell(tmp_path, kind, SIZES[0], 1.1e8, 0)
+    assert found["tokens"] == found["steps"] * 512
+    assert abs(6 * found["parameters"] * found["tokens"] / 1.1e8 - 1) < 0.2
+    assert 0 < found["loss"] < 10 and 0 <= found["score"] <= 1
+    assert not (tmp_path / f"{kind}-16x1-1.1e+08-0").exists()

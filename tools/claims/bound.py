@@ -98,11 +98,8 @@ def conclude(workdir: Path, lines: Sequence[dict[str, Any]]) -> str:
     mean = {way: np.mean([line["errors"][way] for line in lines], axis=0) for way in WAYS}
     rows = [(n, *(f"{mean[way][i]:.3f}" for way in WAYS)) for i, n in enumerate(COUNTS)]
     drawn, axes = show.figure()
-    for way, color in WAYS.items():
-        axes.plot(COUNTS, mean[way], "o-", color=color, markersize=4, label=way)
-    axes.plot(
-        COUNTS, mean["independent"][0] * np.sqrt(COUNTS[0] / np.asarray(COUNTS)), ":", color="black", label="1/√n"
-    )
+    for way, (color, line) in WAYS.items():
+        axes.plot(COUNTS, mean[way], f"o{line}", color=color, markersize=4, label=way)
     axes.set(xscale="log", yscale="log", xlabel="draws n", ylabel="error of the bound, nats", xticks=COUNTS)
     axes.set_xticklabels(map(str, COUNTS))
     axes.minorticks_off()
