@@ -28,7 +28,13 @@ def figure(width: float = 6.0, height: float = 3.6, columns: int = 1):
     from matplotlib import pyplot
 
     matplotlib.rcParams.update(
-        {"svg.hashsalt": "llada_jax", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+        {
+            "svg.hashsalt": "llada_jax",
+            "svg.fonttype": "none",
+            "font.size": 9,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+        }
     )
     return pyplot.subplots(1, columns, figsize=(width, height), layout="constrained")
 
