@@ -102,7 +102,7 @@ def test_what_is_asked_after_fine_tuning_was_not_taught():
 @pytest.mark.parametrize(
     "name, command",
     [
-        ("bound", lambda place: bound.bound(place, seeds=1, steps=2, repeats=20)),
+        pytest.param("bound", lambda place: bound.bound(place, seeds=1, steps=2, repeats=20), marks=pytest.mark.slow),
         pytest.param(
             "context",
             lambda place: context.context(place, seeds=1, steps=2, questions=8, lines=200),
