@@ -1,0 +1,122 @@
+"""The claims' commands: lines on disk that are made once, laws that are found again, questions that can be answered."""
+
+import dataclasses
+import itertools
+import json
+import random
+
+import jax
+import numpy as np
+import pytest
+
+from llada_jax.evaluation.draws import bits
+from llada_jax.fields import InputError
+from llada_jax.model.transformer import Transformer
+from llada_jax.tools.claims import bound, chat, context, reversal, runs
+
+
+def test_a_finished_cell_is_not_made_again_and_another_setting_is(tmp_path):
+    path, made = tmp_path / "results.jsonl", []
+
+    def cell():
+        made.append(1)
+        return {"loss": 2.0}
+
+    first = runs.once(path, {"kind": "arm", "seed": 0}, cell)
+    assert runs.once(path, {"kind": "arm", "seed": 0}, cell) == first
+    assert len(made) == 1 and first["loss"] == 2.0
+    runs.once(path, {"kind": "arm", "seed": 1}, cell)
+    assert len(made) == 2 and [line["seed"] for line in runs.finished(path)] == [0, 1]
+
+
+def test_a_file_of_something_else_is_refused_and_kept(tmp_path):
+    path = tmp_path / "results.jsonl"
+    for content in ('{"kind": "arm"}\nnot JSON\n', "[1]\n"):
+        path.write_text(content)
+        with pytest.raises(InputError, match="results.jsonl"):
+            runs.once(path, {"kind": "llada"}, dict)
+        assert path.read_text() == content
+
+
+def test_the_next_token_s_probability_is_the_softmax_s(tiny):
+    model = Transformer(dataclasses.replace(tiny, causal=True), jax.random.key(0))
+    rows = np.random.default_rng(0).integers(7, 60, (2, 8)).astype(np.int32)
+    logits = np.asarray(model(rows), np.float64)
+    p = np.exp(logits - logits.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    wanted = [[np.log(p[b, i, rows[b, i + 1]]) for i in range(7)] for b in range(2)]
+    np.testing.assert_allclose(runs.next_token_log_p(model, rows), wanted, rtol=1e-4)
+
+
+def test_every_way_to_draw_masks_estimates_the_bound():
+    length = 5
+    masks = bits(length)
+    sums = masks @ np.arange(1.0, length + 1) * (1 + masks.sum(axis=1))  # any function of the mask
+    sizes = masks.sum(axis=1)
+    exact = -np.mean([np.mean(sums[sizes == n] * length / n) for n in range(1, length + 1)])
+    for way in bound.WAYS:
+        found = bound.estimates(way, sums, 64, 4000, np.random.default_rng(0))
+        # A ratio below 0.001 is never drawn, which leaves out less than 0.2% here.
+        assert abs(found.mean() - exact) < 4 * found.std() / 4000**0.5 + 0.002 * abs(exact), way
+    errors = {way: bound.estimates(way, sums, 64, 4000, np.random.default_rng(1)).std() for way in bound.WAYS}
+    assert errors["counts, stratified"] < 0.9 * errors["counts, independent"]
+    assert errors["ratios, stratified"] < errors["ratios, independent"]
+
+
+@pytest.mark.parametrize("examples", [0, 1, 3])
+def test_the_best_guesser_is_right_as_often_as_a_count_says(examples):
+    """Over all prompts of so many letters and all queries; a letter that was not shown is guessed among the others."""
+    right = []
+    for shown in itertools.product(range(6), repeat=examples):
+        right += [1.0 if letter in shown else 1 / (6 - len(set(shown))) for letter in range(6)]
+    assert context.best(examples) == pytest.approx(np.mean(right))
+
+
+def test_lines_of_pairs_follow_one_map():
+    line = context.line(random.Random(0), 40)
+    pairs = set(zip(line[::2], line[1::2], strict=True))
+    assert len(pairs) == len({x for x, _ in pairs}) == len({y for _, y in pairs}) == 6
+
+
+def test_facts_are_stated_one_way_and_half_of_the_questions_goes_the_other():
+    known = reversal.facts(20)
+    assert len({name for fact in known for name in fact}) == 40
+    for statement in reversal.STATEMENTS:
+        assert statement.index("{p}") < statement.index("{w}")
+    (p, w), new = known[0], list(reversal.PHRASINGS.values())[-1]
+    assert reversal.question((p, w), "forward", new)[1] == f" {w}."
+    assert reversal.question((p, w), "backward", new)[1] == f" {p}."
+    assert p not in reversal.question((p, w), "backward", new)[0]
+
+
+def test_what_is_asked_after_fine_tuning_was_not_taught():
+    asked, taught = chat.dialogues(random.Random(0), 300)
+    questions = {talk[-2]["content"] for talk in taught if len(talk) == 2} | {t[2]["content"] for t in taught if t[2:]}
+    for skill in chat.SKILLS:
+        assert not questions & {talk[0]["content"] for talk in asked[skill]}
+    names = {talk[0]["content"] for talk in taught if len(talk) > 2}
+    assert names and not names & {talk[0]["content"] for talk in asked["name after a turn"]}
+    assert chat.instruction("reverse", ["a", "b", "c"])[1]["content"] == "It is c b a"
+
+
+@pytest.mark.parametrize(
+    "name, command",
+    [
+        pytest.param("bound", lambda place: bound.bound(place, seeds=1, steps=2, repeats=20), marks=pytest.mark.slow),
+        pytest.param(
+            "context",
+            lambda place: context.context(place, seeds=1, steps=2, questions=8, lines=200),
+            marks=pytest.mark.slow,
+        ),
+        ("reversal", lambda place: reversal.reversal(place, seeds=1, steps=2, count=8)),
+        pytest.param("chat", lambda place: chat.chat(place, seeds=1, steps=2, count=60), marks=pytest.mark.slow),
+    ],
+)
+def test_a_command_leaves_lines_a_table_and_a_picture(tmp_path, name, command):
+    said = command(tmp_path)
+    lines = (tmp_path / "results.jsonl").read_text()
+    assert len(lines.splitlines()) == (1 if name == "bound" else 2)
+    assert said in (tmp_path / f"{name}.md").read_text()
+    assert "</svg>" in (tmp_path / f"{name}.svg").read_text()
+    assert command(tmp_path) == said and (tmp_path / "results.jsonl").read_text() == lines
+    assert all(json.loads(line)["seconds"] > 0 for line in lines.splitlines())

@@ -1,0 +1,107 @@
+r"""In-context learning: a map from letters to letters is drawn for each prompt, and read off the examples in it.
+
+python tools/claims/context.py --workdir=DIR
+
+A line is nine pairs x f(x), f a random permutation of six letters onto six capitals that no other line has, such
+as `aDcFaDhB…`. Asked is the capital after n pairs and a letter. No parameter can know f. The best that is possible is
+to repeat what was shown of the letter, and to guess among the capitals that were not shown otherwise.
+"""
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import flags
+
+from llada_jax import cli
+from llada_jax.data.train_tokenizer import train_tokenizer
+from llada_jax.tools.claims import runs, show
+
+LETTERS, CAPITALS = "abcdef", "ABCDEF"
+PAIRS = 9
+EXAMPLES = tuple(range(PAIRS))
+_SHAPE, _BATCH, _ROW = runs.Shape(64, 2), 64, 2 * PAIRS + 2  # with BOS and EOS
+
+
+def line(generator: random.Random, pairs: int = PAIRS) -> str:
+    """So many pairs of one map."""
+    capital = dict(zip(LETTERS, generator.sample(CAPITALS, len(CAPITALS)), strict=True))
+    return "".join(x + capital[x] for x in generator.choices(LETTERS, k=pairs))
+
+
+def best(examples: int) -> float:
+    """The accuracy of the best guesser.
+
+    With K letters shown it is right for these, K/8, and for one of the others where there is one: 1/8.
+    """
+    letters, shown = len(LETTERS), np.zeros(len(LETTERS) + 1)
+    shown[0] = 1.0  # the distribution of K
+    for _ in range(examples):
+        stay = shown * np.arange(letters + 1) / letters
+        shown = stay + np.roll(shown - stay, 1)
+    return float(shown @ np.arange(letters + 1) + 1 - shown[letters]) / letters
+
+
+def measure(model, tokenizer, questions: int) -> dict[str, Any]:
+    """{"accuracy": of each number of examples}."""
+    generator, accuracy = random.Random(1), []
+    for examples in EXAMPLES:
+        lines = [line(generator, examples + 1) for _ in range(questions)]
+        asked = [[tokenizer.bos_id, *tokenizer.encode(text[:-1])] for text in lines]
+        accuracy.append(runs.share(runs.replies(model, tokenizer, asked, 1), [text[-1] for text in lines]))
+    return {"accuracy": accuracy}
+
+
+def context(workdir: Path, seeds: int, steps: int, questions: int = 256, lines: int = 50_000) -> str:
+    generator = random.Random(0)
+    corpus = [line(generator) for _ in range(lines)]
+    alphabet = [LETTERS + CAPITALS]
+    tokenizer = runs.tokenizer_of(
+        workdir / "tokenizer.model", lambda path: train_tokenizer(alphabet, path, 320, "char")
+    )
+    data = runs.prepared(workdir / "data", tokenizer, _ROW, items=corpus, packing="document")
+
+    def cell(kind: str, seed: int) -> dict[str, Any]:
+        config = runs.config_of(kind, _SHAPE, data, row_length=_ROW, steps=steps, batch_size=_BATCH, seed=seed)
+        config.data.random_length_fraction = 0.5  # prompts end anywhere
+        return measure(runs.trained(config, workdir / f"{kind}-{seed}-{steps}"), tokenizer, questions)
+
+    return conclude(workdir, runs.of_both(workdir, seeds, {"steps": steps, "questions": questions}, cell))
+
+
+def conclude(workdir: Path, lines: Sequence[dict[str, Any]]) -> str:
+    by_kind = {kind: np.asarray([x["accuracy"] for x in lines if x["kind"] == kind]) for kind in runs.KINDS}
+    ideal = [best(n) for n in EXAMPLES]
+    rows = [
+        (n, *(show.spread(found[:, i]) for found in by_kind.values()), f"{ideal[i]:.0%}")
+        for i, n in enumerate(EXAMPLES)
+    ]
+    drawn, axes = show.figure()
+    axes.plot(EXAMPLES, ideal, ":", color="black", label="best possible")
+    for kind, name in runs.KINDS.items():
+        found, color = by_kind[kind], show.COLORS[kind]
+        axes.plot(EXAMPLES, found.mean(axis=0), "o-", color=color, markersize=4, label=name)
+        axes.fill_between(EXAMPLES, found.min(axis=0), found.max(axis=0), color=color, alpha=0.2, linewidth=0)
+    axes.set(xlabel="examples in the prompt", ylabel="right", ylim=(0, 1.02))
+    axes.legend(frameon=False, loc="lower right")
+    show.save(drawn, workdir / "context.svg")
+    llada, arm = (found[:, -1].mean() for found in by_kind.values())
+    said = (
+        f"From {by_kind['llada'][:, 0].mean():.0%} without an example LLaDA comes to {llada:.0%} at {EXAMPLES[-1]}, "
+        f"the control from {by_kind['arm'][:, 0].mean():.0%} to {arm:.0%}; possible are {ideal[-1]:.0%}."
+    )
+    head = ("examples", *runs.KINDS.values(), "best possible")
+    (workdir / "context.md").write_text(f"{show.table(head, rows)}\n\n{said}\n", encoding="utf-8")
+    return said
+
+
+def main(_argv: list[str]) -> None:
+    print(context(runs.opened(flags.FLAGS.workdir), flags.FLAGS.seeds, flags.FLAGS.steps))
+
+
+if __name__ == "__main__":
+    runs.define_flags()
+    flags.DEFINE_integer("steps", 1500, "Of training.", lower_bound=1)
+    cli.run(main)
