@@ -154,6 +154,10 @@ class Engine:
             self._changed.notify()
         return answer
 
+    def is_busy(self) -> bool:
+        """Whether an answer is being made."""
+        return bool(self._queue)
+
     def close(self) -> None:
         """Cancels what is being made and what waits, and returns when the model is idle."""
         with self._changed:
