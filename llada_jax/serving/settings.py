@@ -29,10 +29,11 @@ def check_settings(c, settings: dict[str, Any]) -> None:
 def default_settings(c, gen_length: int | None = None) -> dict[str, Any]:
     """Answers of 128 tokens in blocks of 32, as the official chat; less in a model with a small context.
 
-    At most half of the context, so that the other half is left to the dialogue.
+    At most half of the context, so that the other half is left to the dialogue. No pass is made for blocks behind the
+    end of a text, which nobody reads.
     """
     length = min(128, 2 ** ((c.max_sequence_length // 2).bit_length() - 1)) if gen_length is None else gen_length
-    return {"gen_length": length, "block_length": 32 if length % 32 == 0 else length}
+    return {"gen_length": length, "block_length": 32 if length % 32 == 0 else length, "stop_at_eos": True}
 
 
 def changed(c, settings: dict[str, Any], name: str, text: str) -> dict[str, Any]:
