@@ -28,7 +28,7 @@ _RULES = {
 _LEGEND = (
     "<div class=llada><p class=legend>Probability of a token when it was committed: <span class='t p0'>below 0.3</span>"
     "<span class='t p1'>below 0.6</span><span class='t p2'>below 0.9</span><span class=t>surer</span> "
-    "<span class='t m'>mask</span></p></div>"
+    "<span class='t m'>▒▒</span>a mask</p></div>"
 )
 _EMPTY = "<p class=hint>{}</p>"
 
@@ -125,7 +125,8 @@ class Page:
         p = progress
         shown = pieces(self.engine.tokenizer, p.tokens, p.probability, p.step, whole)
         newest = -2 if is_final else p.passes - 1
-        markup = f"<div class=answer>{''.join(_token(piece, newest) for piece in shown)}</div>"
+        tokens = "".join(_token(piece, newest) for piece in shown) or "<span class=hint>an empty answer</span>"
+        markup = f"<div class=answer>{tokens}</div>"
         if is_final:
             markup += (
                 "<div class=replay><button type=button onclick='lladaPlay(this)'>Play</button><input type=range min=0 "
@@ -194,18 +195,18 @@ def create_page(engine: Engine, name: str, is_instruct: bool) -> gr.Blocks:
                 log = gr.HTML(_log(Past([], [])), elem_id="dialogue", min_height=160)
                 box = gr.Textbox(placeholder="A message", show_label=False, lines=1, max_lines=8, elem_id="message")
                 with gr.Row():
-                    send = gr.Button("Send", variant="primary", min_width=80)
-                    stop = gr.Button("Stop", min_width=80)
-                    undo = gr.Button("Undo", min_width=80)
-                    new = gr.Button("New", min_width=80)
+                    send = gr.Button("Send", variant="primary", min_width=64, size="md")
+                    stop = gr.Button("Stop", min_width=64, size="md")
+                    undo = gr.Button("Undo", min_width=64, size="md")
+                    new = gr.Button("New", min_width=64, size="md")
             with gr.Tab("Fill masks", id="fill"):
                 text = gr.Textbox(
                     "It was the [MASK*3] of times.", label="Text", lines=4, elem_id="text",
                     info="[MASK] stands for one missing token, [MASK*5] for five; masks at the end continue a text.",
                 )  # fmt: skip
                 with gr.Row():
-                    fill = gr.Button("Fill", variant="primary", min_width=80)
-                    stop_fill = gr.Button("Stop", min_width=80)
+                    fill = gr.Button("Fill", variant="primary", min_width=64, size="md")
+                    stop_fill = gr.Button("Stop", min_width=64, size="md")
                 filled = gr.HTML(_log(Past([], [])), elem_id="filled", min_height=120)
         gr.HTML(_LEGEND)
         with gr.Accordion("Settings", open=False):
@@ -243,7 +244,7 @@ def _controls(engine: Engine) -> list[Any]:
             info="How many tokens a pass commits. A threshold of 0.9 is fast and rarely worse.",
         )  # fmt: skip
         value = gr.Number(
-            given.get(_RULES[rule] or ""), label="Its value",
+            given.get(_RULES[rule] or "", 0.9), label="Its value",
             info="Passes in all (a multiple of the blocks), or the threshold, factor or bound.",
         )  # fmt: skip
     with gr.Row():
@@ -291,6 +292,8 @@ def serve(
         server_name=host, server_port=port, share=share, prevent_thread_lock=True, quiet=True, ssr_mode=False,
         footer_links=[], app_kwargs={"routes": routes or []}, css=here.with_suffix(".css").read_text(),
         head=f"<script>{here.with_suffix('.js').read_text()}</script>",
-        theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+        theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]).set(
+            block_info_text_color="*neutral_500", block_info_text_color_dark="*neutral_400"
+        ),
     )  # fmt: skip
     return url, shared

@@ -6,7 +6,7 @@ import numpy as np
 
 from llada_jax.data.tokenizer import Tokenizer
 
-MASK = "▒"
+MASK, END = "▒", "∙"
 
 
 class Piece(NamedTuple):
@@ -38,6 +38,8 @@ def pieces(
         if id in (tokenizer.eot_id, tokenizer.eos_id):
             if not whole:
                 break
+            flush()
+            shown.append(Piece(END, p, s))
             continue
         if id == tokenizer.mask_id:
             flush()

@@ -1,60 +1,21 @@
 """The web page, as a client of Gradio sees it; test_browser.py looks at it in a browser."""
 
 import json
-import os
 import re
-import signal
-import socket
-import subprocess
-import sys
-import time
 import uuid
-from pathlib import Path
 
 import httpx
-import jax
 import pytest
 
 from llada_jax.demo import require_free
 from llada_jax.fields import InputError
 
-ROOT = Path(__file__).resolve().parents[2]
 # length, block, rule, value, cache, temperature, guidance, ranking, stop at the end, ends last
 SETTINGS = [8, 4, "one token a pass", None, "none", 0.5, 0, "low_confidence", False, False]
 
 
 def changed(i, value):
     return [*SETTINGS[:i], value, *SETTINGS[i + 1 :]]
-
-
-def environment():
-    """Programs as quickly compiled as the tests' own, and kept beside them."""
-    flags = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    cache = {
-        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
-    }
-    return dict(os.environ, PYTHONPATH=str(ROOT), XLA_FLAGS=flags, **cache)
-
-
-@pytest.fixture(scope="module")
-def url(checkpoint, tmp_path_factory):
-    """The command, in a process of its own: Gradio leaves sockets and loops open, and here warnings are errors."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "llada_jax.demo", f"--checkpoint={checkpoint}", f"--port={port}", "--api"]
-    log = tmp_path_factory.mktemp("demo") / "stderr"
-    with log.open("w") as stderr:
-        process = subprocess.Popen(command, stderr=stderr, env=environment())
-    while "the API: " not in log.read_text():
-        assert process.poll() is None, log.read_text()
-        time.sleep(0.1)
-    yield f"http://127.0.0.1:{port}/"
-    process.send_signal(signal.SIGINT)
-    assert process.wait(60) == 130
-    said = log.read_text().splitlines()
-    assert [line.partition(":")[0] for line in said] == ["the page", "the API", "stopped by Ctrl-C"]
 
 
 class Client:
