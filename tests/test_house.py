@@ -23,7 +23,7 @@ FLOORS = [
     ["training.step"],
     ["interop"],
     ["training", "evaluation.harness", "serving"],
-    ["train", "sample", "evaluate", "chat", "demo"],
+    ["train", "sample", "evaluate", "chat", "demo", "library"],
 ]
 
 

@@ -3,6 +3,7 @@
 import json
 import re
 import uuid
+from pathlib import Path
 
 import httpx
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from llada_jax.demo import require_free
 from llada_jax.fields import InputError
 
+README = Path(__file__).parents[2] / "llada_jax" / "serving" / "README.md"
 # length, block, rule, value, cache, temperature, guidance, ranking, stop at the end, ends last
 SETTINGS = [8, 4, "one token a pass", None, "none", 0.5, 0, "low_confidence", False, False]
 
@@ -133,6 +135,14 @@ def test_the_page_names_no_other_host_that_it_would_load_from(url):
 
 def test_page_and_api_have_one_port(url):
     assert httpx.get(f"{url}v1/models").json()["data"][0]["id"] == "chat"
+
+
+def test_the_readme_s_client_gets_its_answer(url, capsys):
+    (block,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    names = {}
+    exec(block.replace("http://127.0.0.1:8000/", url).replace("max_tokens=128", "max_tokens=32"), names)
+    names["client"].close()
+    assert names["part"].choices[0].finish_reason in ("stop", "length")
 
 
 def test_a_port_that_is_taken_is_named(checkpoint, url):
