@@ -5,6 +5,7 @@ import pytest
 
 from llada_jax.fields import InputError
 from llada_jax.sampling import generate
+from llada_jax.sampling.prompts import answers
 from llada_jax.serving import engine as engines
 from llada_jax.serving.engine import Busy
 from llada_jax.streams import stream
@@ -87,3 +88,12 @@ def test_closing_ends_what_is_made_and_what_waits(model, tokenizer):
         next(iter(answers[0]))
     assert not any(progress.done for answer in answers for progress in answer)
     assert not e._thread.is_alive()
+
+
+def test_prompts_of_different_lengths_are_answered_as_one_batch(model, tokenizer):
+    requests = ["the", [{"role": "user", "content": "quick brown"}], "fox [MASK]"]
+    given = dict(gen_length=8, block_length=4)
+    together = answers(model, tokenizer, requests, **given)
+    assert together == [answers(model, tokenizer, [request], **given)[0] for request in requests]
+    with pytest.raises(InputError, match="request 2"):
+        answers(model, tokenizer, ["the", [{"role": "robot", "content": "x"}]], **given)
