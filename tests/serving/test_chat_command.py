@@ -260,6 +260,7 @@ def test_on_a_terminal_it_denoises_in_place_and_ctrl_c_stops_only_the_answer(che
         terminal.expect("saved in")
         terminal.type("/settings cache all\n")
         terminal.expect("error: cache is 'all'")
+        terminal.expect("> ")  # readline loses a Ctrl-D that comes before its prompt
         terminal.type("\x04")
         assert terminal.process.wait(60) == 0
     finally:
