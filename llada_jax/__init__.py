@@ -5,10 +5,13 @@ import importlib
 _HOMES = {
     "ModelConfig": "model.config",
     "Transformer": "model.transformer",
+    "answers": "sampling.prompts",
     "confidence_score": "evaluation.likelihood",
+    "fit": "library.fit",
     "generate": "sampling.generate",
     "infill": "sampling.generate",
     "load": "interop.hf",
+    "load_tokenizer": "interop.hf",
     "log_likelihood": "evaluation.likelihood",
     "log_likelihood_from_masks": "evaluation.likelihood",
     "pretrain_loss": "objectives.diffusion",

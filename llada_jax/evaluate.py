@@ -191,6 +191,11 @@ def _write(output: Path, results: dict[str, Any]) -> None:
     print(table)
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """The console script llada-evaluate."""
     join.define_flags()
     cli.run(join.joined(main))
+
+
+if __name__ == "__main__":
+    command()

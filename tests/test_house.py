@@ -22,8 +22,8 @@ FLOORS = [
     ["training.monitor", "training.optimizer", "training.stability"],
     ["training.step"],
     ["interop"],
-    ["training", "evaluation.harness"],
-    ["train", "sample", "evaluate", "chat"],
+    ["training", "evaluation.harness", "serving"],
+    ["train", "sample", "evaluate", "chat", "demo", "library"],
 ]
 
 

@@ -70,7 +70,15 @@ def test_a_model_is_trained_and_sampled_from_where_no_checkout_is(installed, tmp
 
 
 @pytest.mark.parametrize(
-    "command", [["llada-train"], ["llada-sample"], ["llada-chat"], ["-m", "llada_jax.tools.prepare_data"]]
+    "command",
+    [
+        ["llada-train"],
+        ["llada-sample"],
+        ["llada-chat"],
+        ["llada-demo"],
+        ["llada-evaluate"],
+        ["-m", "llada_jax.tools.prepare_data"],
+    ],  # fmt: skip
 )
 def test_commands_and_tools_show_their_help(installed, tmp_path, command):
     start = [sys.executable] if command[0] == "-m" else []

@@ -1,15 +1,17 @@
-"""Makes DIR/report.html, one page without external parts, from DIR/report.json and the metrics.
+"""Makes report.html, one page without external parts: of a quickstart, of any run, or of several side by side.
 
 python tools/report.py --workdir=DIR
+python tools/report.py --workdir=runs/a,runs/b --prompt='床前明月光，' --output=compared.html
 
-The page reads without JavaScript; only the replay of the denoising needs it. A part of the report
-that the run did not measure is left out of the page. Its markup is in report.html.j2.
+The page reads without JavaScript; only the replay of the denoising needs it. What was not measured is left out of it.
+With --prompt every model continues that text, and the page shows how. The markup is in report.html.j2.
 """
 
 import json
 import math
 import re
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 
 import jinja2
@@ -17,37 +19,66 @@ from absl import flags
 
 from llada_jax import cli
 from llada_jax.fields import InputError
+from llada_jax.files import read_json
 from llada_jax.storage.buckets import is_bucket
 
 MASK = "▒"
 SMOOTH, RAW = "1_loss/smooth_elbo_nats_per_token", "1_loss/loss"
 SPEED, RATIO = "4_speed/tokens_per_second", "2_ce_by_mask_ratio/"
 NAMES = {"llada": "LLaDA", "arm": "Autoregressive control"}
+CHARTS = (  # title, unit, and the names under which a run may have it
+    ("Loss", "nats per token, smooth", (SMOOTH, "1_loss/smooth_ce_nats_per_token")),
+    ("Validation", "nats per token", ("0_validation/elbo_nats_per_token", "0_validation/ce_nats_per_token")),
+    ("Learning rate", "", ("3_optimizer/learning_rate",)),
+    ("Gradient", "norm", ("3_optimizer/grad_norm",)),
+    ("Throughput", "tokens/s", (SPEED,)),
+    ("Model FLOPs", "share of the peak", ("4_speed/mfu",)),
+    ("Goodput", "share of the time in steps that count", ("4_speed/goodput",)),
+)
+MOST_EVENTS = 50  # of a run that are shown, the last ones
 BASE = 160  # of the bars by mask ratio: the height at which they stand
 
 
 def render(workdir: str | Path) -> Path:
-    """Writes workdir/report.html, whole or not at all; returns its path.
+    """Writes report.html of a quickstart into its workdir, whole or not at all; returns its path.
 
     Raises InputError if report.json, or the metrics.jsonl of a run it names, is missing or broken.
     """
-    if is_bucket(workdir):
-        raise InputError(f"{workdir}: the report is made on the machine of the quickstart; give its directory there")
+    _refuse_buckets([workdir])
     workdir = Path(workdir)
     report = _read_report(workdir / "report.json")
     runs = {name: _read_metrics(workdir / run / "metrics.jsonl") for name, run in report.get("runs", {}).items()}
-    page = _template().render(
-        report=report,
-        facts=_facts(report),
-        trajectories=[_trajectory(trajectory) for trajectory in report.get("trajectories") or ()],
-        losses=[_loss(name, run) for name, run in runs.items() if run.get(SMOOTH)],
-        bars=_ratios(runs.get("llada", {})),
-        base=BASE,
-        css=_beside("report.css"),
-        js=_beside("report.js"),
-    )
-    output = workdir / "report.html"
-    temporary = workdir / "report.html.tmp"
+    losses = [_loss(name, run) for name, run in runs.items() if run.get(SMOOTH)]
+    return _write(
+        workdir / "report.html", title="Forwards and backwards", report=report, facts=_facts(report), losses=losses,
+        bars=_ratios(runs.get("llada", {})), trajectories=list(map(_trajectory, report.get("trajectories") or ())),
+        runs=[], charts=[],
+    )  # fmt: skip
+
+
+def render_runs(workdirs: list[str], output: str | Path | None = None, prompt: str = "") -> Path:
+    """Writes a page about runs, by default into the workdir of the first one; returns its path.
+
+    prompt: a text that each model continues; "": none. Raises InputError where a workdir holds no metrics.
+    """
+    _refuse_buckets(workdirs)
+    names = _short_names(workdirs)
+    metrics = [_read_metrics(Path(workdir) / "metrics.jsonl") for workdir in workdirs]
+    runs = [
+        {"name": name, "bars": _ratios(run), "times": _times(workdir), "events": _events(workdir)}
+        for name, workdir, run in zip(names, workdirs, metrics, strict=True)
+    ]
+    charts = [_compared(title, unit, keys, metrics) for title, unit, keys in CHARTS]
+    trajectories = [_continued(workdir, name, prompt) for workdir, name in zip(workdirs, names, strict=True) if prompt]
+    return _write(
+        Path(output or Path(workdirs[0]) / "report.html"), title=", ".join(names), report={}, facts=[], losses=[],
+        bars=[], trajectories=list(map(_trajectory, trajectories)), runs=runs, charts=list(filter(None, charts)),
+    )  # fmt: skip
+
+
+def _write(output: Path, **context) -> Path:
+    page = _template().render(base=BASE, css=_beside("report.css"), js=_beside("report.js"), **context)
+    temporary = output.with_name(output.name + ".tmp")
     temporary.write_bytes(page.encode())
     temporary.replace(output)
     return output
@@ -60,7 +91,7 @@ def _template() -> jinja2.Template:
     )
     environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False, "separators": (",", ":")}
     environment.filters |= {
-        "number": format, "percent": _percent, "duration": _duration,
+        "number": format, "percent": _percent, "short": _short, "tick": _tick, "duration": _duration,
         "kind": _kind, "name": lambda key: NAMES[_kind(key)],
     }  # fmt: skip
     return environment.from_string(_beside("report.html.j2"))
@@ -84,7 +115,7 @@ def _read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
-        raise InputError(f"no {path}, which report.json names among its runs") from None
+        raise InputError(f"no {path}; --workdir names a quickstart or runs that have begun") from None
     for number, line in enumerate(lines, 1):
         try:
             scalars = json.loads(line)
@@ -131,20 +162,86 @@ def _shown(piece: str) -> str:
 
 
 def _loss(name: str, run: dict) -> dict:
-    """One run's panel: the smooth curve and the raw one as points of an SVG, and the ticks of its axes."""
-    smooth, raw, speeds = _thin(run[SMOOTH]), _thin(run.get(RAW, [])), [value for _, value in run.get(SPEED, [])]
+    """One run's panel: the smooth curve, over the raw one, which is cut at the frame."""
+    smooth, speeds = run[SMOOTH], [value for _, value in run.get(SPEED, [])]
+    chart = _chart([("raw", run.get(RAW, [])), ("smooth", smooth)], max(value for _, value in smooth))
+    return chart | {"name": name, "speed": statistics.median(speeds) if speeds else None}
+
+
+def _compared(title: str, unit: str, names: tuple[str, ...], runs: list[dict]) -> dict | None:
+    """A panel with a curve for each run that has such a scalar; None where none has."""
+    found = [next((run[name] for name in names if run.get(name)), []) for run in runs]
+    lines = [(f"smooth r{i % 6}", points) for i, points in enumerate(found) if points]
+    if not lines:
+        return None
+    return _chart(lines, max(value for _, points in lines for _, value in points)) | {"title": title, "unit": unit}
+
+
+def _chart(lines: list[tuple[str, list]], highest: float) -> dict:
+    """Curves as points of an SVG, each with its class; the ticks of the axes; where curves end, and with what."""
     width, height = 360, 178  # of the frame, inside 400 × 210
-    most, last = 1.1 * max(value for _, value in smooth) or 1.0, max(smooth[-1][0], 1)
-    x = lambda step: width * step / last  # noqa: E731
-    y = lambda value: height * (1 - value / most)  # noqa: E731
-    line = lambda points: " ".join(f"{x(s):.1f},{y(v):.1f}" for s, v in points)  # noqa: E731
+    most, last = 1.1 * highest or 1.0, max(max((points[-1][0] for _, points in lines if points), default=1), 1)
+    x = lambda step: width * step / last
+    y = lambda value: height * (1 - value / most)
     return {
-        "name": name, "speed": statistics.median(speeds) if speeds else None,
-        "width": width, "height": height, "smooth": line(smooth), "raw": line(raw),
+        "width": width, "height": height,
+        "lines": [(kind, " ".join(f"{x(s):.1f},{y(v):.1f}" for s, v in _thin(points))) for kind, points in lines],
         "levels": [(y(value), value) for value in _ticks(most, 4)],
         "steps": [(x(step), step) for step in _ticks(last, 4)],
-        "end": smooth[-1][1], "end_y": y(smooth[-1][1]),
+        "ends": [(x(p[-1][0]), y(p[-1][1]), p[-1][1], kind) for kind, p in lines if p and kind != "raw"],
     }  # fmt: skip
+
+
+def _refuse_buckets(workdirs: Sequence[str | Path]) -> None:
+    for workdir in filter(is_bucket, workdirs):
+        raise InputError(f"{workdir}: copy its metrics.jsonl, events.jsonl and goodput.json to a directory; give that")
+
+
+def _short_names(workdirs: list[str]) -> list[str]:
+    """The last part of each path; the whole paths where these are not different."""
+    short = [Path(workdir).resolve().name for workdir in workdirs]
+    return short if len(set(short)) == len(short) else workdirs
+
+
+def _times(workdir: str) -> list[dict]:
+    """Where a run's time went: phases with their seconds and shares, the longest first."""
+    path = Path(workdir) / "goodput.json"
+    seconds = read_json(path).get("seconds", {}) if path.exists() else {}
+    whole = sum(seconds.values()) or 1
+    rows = [{"name": name, "seconds": s, "share": s / whole} for name, s in seconds.items() if s > 0]
+    return sorted(rows, key=lambda row: -row["seconds"])
+
+
+def _events(workdir: str) -> list[dict]:
+    path = Path(workdir) / "events.jsonl"
+    if not path.exists():
+        return []
+    try:
+        found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return [{key: event[key] for key in ("step", "event", "cause", "action")} for event in found][-MOST_EVENTS:]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} holds a line that is no event: {error}") from None
+
+
+def _continued(workdir: str, name: str, prompt: str) -> dict:
+    """How a run's model continues a text: a trajectory as in report.json."""
+    import numpy as np
+
+    import llada_jax
+    from llada_jax.data.tokenizer import load_tokenizer
+    from llada_jax.interop import hf
+    from llada_jax.sampling.prompts import encode_prompt
+
+    tokenizer, model = load_tokenizer(hf.tokenizer_directory(workdir)), llada_jax.load(workdir)
+    ids = encode_prompt(tokenizer, prompt)
+    room = min(32, model.config.max_sequence_length - len(ids))
+    if room < 1:
+        raise InputError(f"--prompt has {len(ids)} tokens; they leave no room in the context of {workdir}")
+    _, stats = llada_jax.generate(model, [ids], gen_length=room, return_stats=True)
+    frames = np.concatenate([np.full((1, room), tokenizer.mask_id), stats.trajectory()[:, 0, len(ids) :]])
+    pieces = [[MASK if id == tokenizer.mask_id else tokenizer.piece(int(id)) for id in frame] for frame in frames]
+    confidence = np.asarray(stats.probability)[0, len(ids) :].tolist()
+    return {"title": name, "prompt": prompt, "frames": pieces, "confidence": confidence}
 
 
 def _ratios(run: dict) -> list[dict]:
@@ -176,6 +273,21 @@ def _kind(name: str) -> str:
     return "arm" if name.startswith("arm") else "llada"
 
 
+def _short(value: float) -> str:
+    """A measured number, as short as it says something."""
+    size = abs(value)
+    return format(value, ",.0f" if size >= 1000 else ".3f" if size >= 0.01 or not size else ".2g")
+
+
+def _tick(value: float) -> str:
+    """A round number beside an axis: at most five signs."""
+    return (
+        format(value, "g")
+        if not value or abs(value) >= 0.01
+        else f"{value:.1e}".replace(".0e", "e").replace("e-0", "e-")
+    )
+
+
 def _percent(share: float | None) -> str:
     return "–" if share is None else f"{share:.1%}"
 
@@ -193,9 +305,15 @@ def _beside(name: str) -> str:
 
 
 def main(_argv: list[str]) -> None:
-    print(render(flags.FLAGS.workdir))
+    workdirs = flags.FLAGS.workdir
+    if len(workdirs) == 1 and (Path(workdirs[0]) / "report.json").exists() and not flags.FLAGS.prompt:
+        print(render(workdirs[0]))
+    else:
+        print(render_runs(workdirs, flags.FLAGS.output, flags.FLAGS.prompt))
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("workdir", None, "Directory that holds report.json.", required=True)
+    flags.DEFINE_list("workdir", None, "Directory of a quickstart or of a run, or of several runs.", required=True)
+    flags.DEFINE_string("output", None, "The page of runs; by default report.html in the workdir of the first one.")
+    flags.DEFINE_string("prompt", "", "A text that each run's model continues; the page shows how it denoises.")
     cli.run(main)

@@ -17,6 +17,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from llada_jax.config import Lora
+from llada_jax.data import tokenizer as tokenizers
 from llada_jax.data.tokenizer import Tokenizer
 from llada_jax.fields import InputError, check_fields
 from llada_jax.files import atomic_directory, parse_json, read_json
@@ -122,6 +123,11 @@ def tokenizer_directory(path: str | Path) -> Path:
     directory = mirror.copied(path)
     inner = directory / "tokenizer"
     return inner if os.path.isdir(inner) else directory
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer of a published checkpoint or of a run's workdir: what `load` takes the model from."""
+    return tokenizers.load_tokenizer(tokenizer_directory(path))
 
 
 def is_instruct(path: str | Path) -> bool:

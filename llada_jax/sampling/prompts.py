@@ -41,6 +41,21 @@ def reply_text(tokenizer, ids) -> str:
     return tokenizer.decode(ids)
 
 
+def answers(model, tokenizer, requests, *, gen_length: int = 128, **options) -> list[str]:
+    """The texts that a model answers with, made as one batch.
+
+    requests: prompts of any lengths, which are continued, or lists of messages, which are replied to. options: those of
+    `generate`. Raises InputError for requests that are neither, and as `generate` does.
+    """
+    rows = [
+        encode_prompt(tokenizer, request) if isinstance(request, str)
+        else tokenizer.encode_chat(check_turns(request, f"request {i}"))
+        for i, request in enumerate(requests, start=1)
+    ]  # fmt: skip
+    tokens = generate(model, rows, gen_length=gen_length, **options)
+    return [reply_text(tokenizer, row) for row in np.asarray(tokens)[:, -gen_length:]]
+
+
 def complete(model, tokenizer, prompt: str, *, gen_length: int = 32, key: jax.Array | None = None) -> str:
     """A short greedy completion, with its prompt, for the logs of a run."""
     ids = encode_prompt(tokenizer, prompt)

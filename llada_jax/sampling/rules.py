@@ -102,7 +102,7 @@ def sample_tokens(
 
 
 def _argmax(x_BWV: jax.Array) -> jax.Array:
-    """The first of the largest, int32 [B, W]; of NaNs the last. As two reductions: XLA's own argmax is scalar on CPUs."""
+    """The first of the largest, int32 [B, W]; of NaNs the last. Two reductions: on CPUs XLA's argmax is scalar."""
     V = x_BWV.shape[-1]
     is_top_BWV = x_BWV == jnp.max(x_BWV, axis=-1, keepdims=True)
     return jnp.min(jnp.where(is_top_BWV, jnp.arange(V, dtype=jnp.int32), V - 1), axis=-1)

@@ -27,7 +27,7 @@ from llada_jax.model.attention import kernel_for
 from llada_jax.model.config import ModelConfig
 from llada_jax.model.transformer import parameter_count, with_config
 from llada_jax.objectives import OBJECTIVES
-from llada_jax.objectives.elbo import Batch
+from llada_jax.objectives.elbo import Batch, Objective
 from llada_jax.parallel import chips, processes
 from llada_jax.parallel.mesh import global_batch, make_mesh, platform, require_divides, rows_of_process
 from llada_jax.storage import buckets, mirror
@@ -228,12 +228,13 @@ def _steps(run: _Ready, config: RunConfig, signals: preemption.Signals) -> dict[
             raise failed from error
 
 
-def training_step(config: RunConfig, mesh):
+def training_step(config: RunConfig, mesh, objective: Objective | None = None):
     """(optimizer, jitted step, its compiler options, lines on options left out): what a config means on a mesh.
 
+    objective: in place of that of the config.
     ahead/ compiles the same for devices that are not there.
     """
-    objective = OBJECTIVES[config.objective.name]
+    objective = objective or OBJECTIVES[config.objective.name]
     optax_optimizer = optimizer.make_optimizer(config.optimizer, **phases(config))
     options, refused = chips.of_mesh(mesh)
     step_fn = make_train_step(

@@ -1,6 +1,7 @@
 """The report shows what was measured, only that, and needs nothing but its own file."""
 
 import copy
+import dataclasses
 import json
 import re
 import subprocess
@@ -8,9 +9,14 @@ import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
+import jax
 import pytest
+from tiny import TINY
 
+from llada_jax.data.train_tokenizer import train_tokenizer
 from llada_jax.fields import InputError
+from llada_jax.interop import hf
+from llada_jax.model.transformer import Transformer
 from llada_jax.tools import report as page
 
 ROOT = Path(__file__).parents[2]
@@ -233,5 +239,65 @@ def test_command_line(tmp_path):
 
 
 def test_a_bucket_is_refused_in_one_line():
-    with pytest.raises(InputError, match=r"^gs://runs/a: the report is made on the machine of the quickstart; give"):
-        page.render("gs://runs/a")
+    for make in (page.render, lambda workdir: page.render_runs([workdir])):
+        with pytest.raises(InputError, match=r"^gs://runs/a: copy its metrics.jsonl"):
+            make("gs://runs/a")
+
+
+@pytest.fixture
+def two_runs(tmp_path):
+    """The runs of a quickstart, with what any run writes besides."""
+    workdir(tmp_path)
+    for name, seconds in (("llada", 120.0), ("arm", 30.0)):
+        run = tmp_path / name / "pretrain"
+        (run / "goodput.json").write_text(json.dumps({"seconds": {"step": seconds, "compile": 10.0, "down": 0.0}}))
+        event = {"time": 1.0, "step": 7, "event": "save failed", "cause": f"<{name}> full", "action": "the run goes on"}
+        (run / "events.jsonl").write_text(json.dumps(event) + "\n")
+    return [str(tmp_path / name / "pretrain") for name in ("llada", "arm")]
+
+
+def test_runs_stand_side_by_side(two_runs, tmp_path):
+    made = page.render_runs(two_runs, tmp_path / "both.html")
+    text = made.read_text()
+    assert made == tmp_path / "both.html" and text.count("</svg></div>") >= 1
+    assert all(f"{run}</b>" in text for run in two_runs)  # whole paths: both end with "pretrain"
+    for number in ("0.683", "0.342", "5,432", "2 min 00 s", "30.0 s", "Loss by mask ratio", "1.23", "4.000"):
+        assert number in text, number
+    assert "&lt;llada&gt; full: the run goes on" in text and "&lt;arm&gt; full" in text
+    assert "Both lines of a couplet" not in text and "From masks to a line" not in text
+    assert not re.search(r"(?:src|href)=.?(?:https?:)?//", text)
+
+
+def test_one_run_has_a_page_in_its_workdir(two_runs):
+    made = page.render_runs(two_runs[:1])
+    assert made == Path(two_runs[0]) / "report.html" and "<h1>pretrain</h1>" in made.read_text()
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("metrics.jsonl", None, "names a quickstart or runs that have begun"),
+        ("metrics.jsonl", "{", "line 1 is not a line of metrics"),
+        ("events.jsonl", "[1]", "holds a line that is no event"),
+    ],
+)
+def test_a_broken_run_is_named(two_runs, name, content, message):
+    path = Path(two_runs[0]) / name
+    path.unlink() if content is None else path.write_text(content)
+    with pytest.raises(InputError, match=message):
+        page.render_runs(two_runs)
+    assert not (Path(two_runs[0]) / "report.html").exists()
+
+
+def test_a_model_continues_the_prompt_on_the_page(tmp_path):
+    tokenizer = train_tokenizer(["床前明月光\n"] * 9, tmp_path / "tokenizer.model", 300, "char")
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_id") for name in ("mask", "bos", "eos", "pad", "eot")}
+    c = dataclasses.replace(TINY, vocab_size=tokenizer.vocab_size, embedding_size=320, **ids)
+    hf.save_workdir(Transformer(c, jax.random.key(0)), tmp_path / "run")
+    tokenizer.save(tmp_path / "run" / "tokenizer")
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "1_loss/loss": 2.5}\n')
+    text = page.render_runs([str(tmp_path / "run")], prompt="床前").read_text()
+    frames = json.loads(re.search(r"id=frames>(.*?)</script>", text)[1])
+    assert set(frames[0][0]) == {"▒"} and "▒" not in frames[0][-1] and len(frames[0]) == 33
+    with pytest.raises(InputError, match="--prompt has 71 tokens; they leave no room"):
+        page.render_runs([str(tmp_path / "run")], prompt="光" * 70)

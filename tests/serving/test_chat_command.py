@@ -1,6 +1,5 @@
 """Chat: a dialogue that grows, changes and is kept; on a terminal it denoises in place, in a pipe it is plain text."""
 
-import dataclasses
 import json
 import os
 import pty
@@ -14,38 +13,24 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from tiny import TINY
 
 from llada_jax import chat as program
-from llada_jax.chat import Chat, layout, pieces
-from llada_jax.data.train_tokenizer import train_tokenizer
 from llada_jax.fields import InputError
 from llada_jax.interop import hf
-from llada_jax.model.transformer import Transformer
 from llada_jax.sampling import prompts
-from llada_jax.sampling.cache import prepare
 from llada_jax.sampling.generate import generate
+from llada_jax.serving import engine as engines
+from llada_jax.serving.dialogue import Dialogue
+from llada_jax.serving.pieces import Piece, pieces
+from llada_jax.serving.terminal import layout
 from llada_jax.streams import stream
 
-ROOT = Path(__file__).resolve().parents[1]
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    texts = ["the quick brown fox 床前明月光\n"] * 9
-    return train_tokenizer(texts, tmp_path_factory.mktemp("tokenizer") / "tokenizer.model", 300, "char")
-
-
-@pytest.fixture(scope="module")
-def model(tokenizer):
-    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_id") for name in ("mask", "bos", "eos", "pad", "eot")}
-    c = dataclasses.replace(TINY, vocab_size=tokenizer.vocab_size, embedding_size=320, max_sequence_length=1024, **ids)
-    return Transformer(c, jax.random.key(0))
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
-def talk(model, tokenizer):
-    return Chat(prepare(model), tokenizer, dict(gen_length=8, block_length=4, temperature=0.5))
+def talk(engine):
+    return Dialogue(engine, engine.settings)
 
 
 def send(chat, text):
@@ -59,8 +44,7 @@ def test_an_answer_is_what_generate_gives_for_the_dialogue(talk, model, tokenize
         key = jax.random.fold_in(stream(0, "sample"), 2 * turn + 1)
         prompt = tokenizer.encode_chat(messages)
         wanted = np.asarray(generate(model, [prompt], **talk.settings, key=key))[0, len(prompt) :]
-        _, tokens, _ = send(talk, text)
-        np.testing.assert_array_equal(tokens, wanted)
+        np.testing.assert_array_equal(send(talk, text).tokens, wanted)
         answer = {"role": "assistant", "content": prompts.reply_text(tokenizer, wanted)}
         assert talk.messages == [*messages, answer]
 
@@ -71,8 +55,9 @@ def test_no_turn_of_a_bucket_compiles_again(talk, caplog):
     for text, temperature, is_new in (("f", 0.5, True), ("fox", 0.9, False), ("x" * 30, 0.9, True), ("y", 1.1, False)):
         talk.set("temperature", str(temperature))
         caplog.clear()
-        with jax.log_compiles():
-            send(talk, text)
+        jax.config.update("jax_log_compiles", True)  # in every thread
+        send(talk, text)
+        jax.config.update("jax_log_compiles", False)
         talk.undo()
         compiled = [record.getMessage() for record in caplog.records if "Compiling" in record.getMessage()]
         assert any("run_on" in line for line in compiled) == is_new
@@ -80,14 +65,14 @@ def test_no_turn_of_a_bucket_compiles_again(talk, caplog):
 
 
 def test_what_is_stopped_leaves_no_trace(talk, monkeypatch, capsys):
-    def interrupted(job, by_block):
-        for i, update in enumerate(whole(job, by_block)):
+    def interrupted(answer, patience):
+        for i, progress in enumerate(whole(answer, patience)):
             if i == 2:
                 raise KeyboardInterrupt
-            yield update
+            yield progress
 
-    whole = program.generate._Job.stream
-    monkeypatch.setattr(program.generate._Job, "stream", interrupted)
+    whole = engines.Answer.updates
+    monkeypatch.setattr(engines.Answer, "updates", interrupted)
     program._show(talk, "the fox")
     assert "stopped" in capsys.readouterr().out and talk.messages == []
     monkeypatch.undo()
@@ -181,28 +166,18 @@ def test_pieces_join_the_bytes_of_a_character_and_stop_at_the_end(tokenizer):
     emoji = tokenizer.encode("é")
     tokens = [*tokenizer.encode("fox"), *emoji, tokenizer.mask_id, tokenizer.eot_id, *tokenizer.encode("x")]
     probability = np.linspace(0.9, 0.1, len(tokens))
-    shown = pieces(tokenizer, np.asarray(tokens), probability)
-    assert [text for text, _ in shown] == ["f", "o", "x", "é", "▒"]
-    assert shown[3][1] == probability[2 + len(emoji)] and shown[4][1] is None
+    shown = pieces(tokenizer, np.asarray(tokens), probability, np.arange(len(tokens)))
+    assert [piece.text for piece in shown] == ["f", "o", "x", "é", "▒"]
+    assert shown[3] == Piece("é", probability[2 + len(emoji)], 2 + len(emoji)) and shown[4] == Piece("▒", None)
 
 
 def test_lines_are_as_wide_as_the_terminal_and_their_colour_is_the_probability():
-    shown = [("abc", 0.95), ("床前", 0.1), ("▒", None), ("x\ny", 0.7), ("\33[2J", 0.99)]
+    parts = [("abc", 0.95), ("床前", 0.1), ("▒", None), ("x\ny", 0.7), ("\33[2J", 0.99)]
+    shown = [Piece(*part) for part in parts]
     assert layout(shown, 4, 9, colour=False) == ["abc", "床前", "▒x", "y[2J"]
     assert layout(shown, 4, 2, colour=False) == ["▒x", "y[2J"]
     first, second, *_ = layout(shown, 4, 9)
     assert first == "abc" and second == "\33[31m床前\33[0m"
-
-
-@pytest.fixture(scope="module")
-def checkpoint(model, tokenizer, tmp_path_factory):
-    """A workdir as fine-tuning leaves it."""
-    place = tmp_path_factory.mktemp("runs") / "chat"
-    hf.save_workdir(model, place)
-    config = json.loads((place / "config.json").read_text())
-    (place / "config.json").write_text(json.dumps(config | {"data": {"kind": "chat"}}))
-    tokenizer.save(place / "tokenizer")
-    return place
 
 
 def test_models_of_dialogues_are_recognised(checkpoint, model, tmp_path):
@@ -217,7 +192,8 @@ def test_models_of_dialogues_are_recognised(checkpoint, model, tmp_path):
 
 
 def environment():
-    return dict(os.environ, PYTHONPATH=str(ROOT), XLA_FLAGS="", TERM="xterm", COLUMNS="60", LINES="20")
+    flags = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"  # compiled quickly
+    return dict(os.environ, PYTHONPATH=str(ROOT), XLA_FLAGS=flags, TERM="xterm", COLUMNS="60", LINES="20")
 
 
 def test_in_a_pipe_every_line_is_a_message_and_the_answers_are_plain(checkpoint):
@@ -227,8 +203,6 @@ def test_in_a_pipe_every_line_is_a_message_and_the_answers_are_plain(checkpoint)
     )
     assert done.returncode == 0 and not done.stderr
     assert "\33" not in done.stdout and ">" not in done.stdout
-    long = subprocess.run(command, input="x" * 1020, capture_output=True, text=True, env=environment(), timeout=200)
-    assert long.returncode == 2 and long.stderr.startswith("error: ") and long.stderr.count("\n") == 1
 
 
 class Terminal:
@@ -286,6 +260,7 @@ def test_on_a_terminal_it_denoises_in_place_and_ctrl_c_stops_only_the_answer(che
         terminal.expect("saved in")
         terminal.type("/settings cache all\n")
         terminal.expect("error: cache is 'all'")
+        terminal.expect("> ")  # readline loses a Ctrl-D that comes before its prompt
         terminal.type("\x04")
         assert terminal.process.wait(60) == 0
     finally:

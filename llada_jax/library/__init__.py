@@ -1,0 +1,1 @@
+"""For programs and notebooks: what a command does with flags and a workdir, as functions."""
