@@ -11,7 +11,6 @@ import json
 import math
 import re
 import statistics
-from collections.abc import Sequence
 from pathlib import Path
 
 import jinja2
@@ -21,6 +20,7 @@ from llada_jax import cli
 from llada_jax.fields import InputError
 from llada_jax.files import read_json
 from llada_jax.storage.buckets import is_bucket
+from llada_jax.storage.mirror import opened
 
 MASK = "▒"
 SMOOTH, RAW = "1_loss/smooth_elbo_nats_per_token", "1_loss/loss"
@@ -44,7 +44,6 @@ def render(workdir: str | Path) -> Path:
 
     Raises InputError if report.json, or the metrics.jsonl of a run it names, is missing or broken.
     """
-    _refuse_buckets([workdir])
     workdir = Path(workdir)
     report = _read_report(workdir / "report.json")
     runs = {name: _read_metrics(workdir / run / "metrics.jsonl") for name, run in report.get("runs", {}).items()}
@@ -59,15 +58,19 @@ def render(workdir: str | Path) -> Path:
 def render_runs(workdirs: list[str], output: str | Path | None = None, prompt: str = "") -> Path:
     """Writes a page about runs, by default into the workdir of the first one; returns its path.
 
-    prompt: a text that each model continues; "": none. Raises InputError where a workdir holds no metrics.
+    workdirs: directories of this machine or in buckets. prompt: a text that each model continues; "": none. Raises
+    InputError where a workdir holds no metrics.
     """
-    _refuse_buckets(workdirs)
     names = _short_names(workdirs)
-    metrics = [_read_metrics(Path(workdir) / "metrics.jsonl") for workdir in workdirs]
-    runs = [
-        {"name": name, "bars": _ratios(run), "times": _times(workdir), "events": _events(workdir)}
-        for name, workdir, run in zip(names, workdirs, metrics, strict=True)
-    ]
+    if not output and is_bucket(workdirs[0]):
+        raise InputError(f"{workdirs[0]} is in a bucket; say with --output where the page goes on this machine")
+    metrics, runs = [], []
+    for name, workdir in zip(names, workdirs, strict=True):
+        with opened(workdir) as files:
+            files.fetch()
+            metrics.append(_read_metrics(files.local / "metrics.jsonl", workdir))
+            own = {"times": _times(files.local), "events": _events(files.local)}
+        runs.append({"name": name, "bars": _ratios(metrics[-1])} | own)
     charts = [_compared(title, unit, keys, metrics) for title, unit, keys in CHARTS]
     trajectories = [_continued(workdir, name, prompt) for workdir, name in zip(workdirs, names, strict=True) if prompt]
     return _write(
@@ -109,19 +112,23 @@ def _read_report(path: Path) -> dict:
     return report
 
 
-def _read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:
-    """The points (step, value) of each scalar, by step; of a repeated step the last one counts."""
+def _read_metrics(path: Path, run: str | Path | None = None) -> dict[str, list[tuple[int, float]]]:
+    """The points (step, value) of each scalar, by step; of a repeated step the last one counts.
+
+    run: the workdir that the user named, for messages, where `path` is a copy.
+    """
+    place = f"{str(run or path.parent).rstrip('/')}/{path.name}"
     points: dict[str, dict[int, float]] = {}
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
-        raise InputError(f"no {path}; --workdir names a quickstart or runs that have begun") from None
+        raise InputError(f"no {place}; --workdir names a quickstart or runs that have begun") from None
     for number, line in enumerate(lines, 1):
         try:
             scalars = json.loads(line)
             step = scalars.pop("step")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{path}, line {number} is not a line of metrics: {error}") from None
+            raise InputError(f"{place}, line {number} is not a line of metrics: {error}") from None
         for name, value in scalars.items():
             if value is not None:
                 points.setdefault(name, {})[step] = value
@@ -192,28 +199,23 @@ def _chart(lines: list[tuple[str, list]], highest: float) -> dict:
     }  # fmt: skip
 
 
-def _refuse_buckets(workdirs: Sequence[str | Path]) -> None:
-    for workdir in filter(is_bucket, workdirs):
-        raise InputError(f"{workdir}: copy its metrics.jsonl, events.jsonl and goodput.json to a directory; give that")
-
-
 def _short_names(workdirs: list[str]) -> list[str]:
     """The last part of each path; the whole paths where these are not different."""
-    short = [Path(workdir).resolve().name for workdir in workdirs]
+    short = [Path(workdir).name or Path(workdir).resolve().name for workdir in workdirs]
     return short if len(set(short)) == len(short) else workdirs
 
 
-def _times(workdir: str) -> list[dict]:
+def _times(workdir: Path) -> list[dict]:
     """Where a run's time went: phases with their seconds and shares, the longest first."""
-    path = Path(workdir) / "goodput.json"
+    path = workdir / "goodput.json"
     seconds = read_json(path).get("seconds", {}) if path.exists() else {}
     whole = sum(seconds.values()) or 1
     rows = [{"name": name, "seconds": s, "share": s / whole} for name, s in seconds.items() if s > 0]
     return sorted(rows, key=lambda row: -row["seconds"])
 
 
-def _events(workdir: str) -> list[dict]:
-    path = Path(workdir) / "events.jsonl"
+def _events(workdir: Path) -> list[dict]:
+    path = workdir / "events.jsonl"
     if not path.exists():
         return []
     try:

@@ -27,7 +27,7 @@ from llada_jax.files import write_atomic
 from llada_jax.interop import hf
 from llada_jax.interop.workdir import load_model, named_leaves, saved_steps
 from llada_jax.storage import buckets, mirror
-from llada_jax.tools import kill_test
+from llada_jax.tools import kill_test, report
 from llada_jax.tools.digest import digest
 from llada_jax.training import run as train
 from llada_jax.training import workdir as workdirs
@@ -94,6 +94,12 @@ def test_a_run_that_continues_in_a_bucket_ends_in_the_bits_of_one_on_disk(proxie
     leaves = dict(named_leaves(hf.load(workdir)))
     assert all(np.array_equal(leaf, leaves[name]) for name, leaf in named_leaves(load_model(trained)))
     assert (hf.tokenizer_directory(workdir) / "tokenizer.model").is_file()
+    page = report.render_runs([workdir], tmp_path / "page.html").read_text()
+    assert "<h1>same</h1>" in page and "config changed" in page
+    with pytest.raises(InputError, match=f"^no {workdir}/none/metrics.jsonl; --workdir names"):
+        report.render_runs([f"{workdir}/none"], tmp_path / "page.html")
+    with pytest.raises(InputError, match=f"^{workdir} is in a bucket; say with --output where the page goes"):
+        report.render_runs([workdir])
 
 
 @pytest.mark.slow
