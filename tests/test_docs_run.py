@@ -13,9 +13,7 @@ from tiny import TINY
 import llada_jax
 from llada_jax.model.transformer import Transformer
 
-ELSEWHERE = {  # run by library/test_fit.py, serving/test_page.py, data/test_kinds.py
-    "llada_jax/training/README.md", "llada_jax/serving/README.md", "llada_jax/data/README.md",
-}  # fmt: skip
+ELSEWHERE = {"llada_jax/training/README.md", "llada_jax/serving/README.md"}  # library/test_fit.py, serving/test_page.py
 BLOCKS = [
     (str(page.relative_to(ROOT)), code)
     for page in PAGES

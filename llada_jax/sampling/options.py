@@ -9,9 +9,10 @@ from absl import flags
 from llada_jax import inputs
 from llada_jax.fields import InputError, check_fields, choice, flag, integer, number, of_numpy, optional
 from llada_jax.sampling.denoise import CACHES
-from llada_jax.sampling.rules import REMASKING
+from llada_jax.sampling.rules import REMASKING, RULES
 
 _MOST = 2**31 - 1
+_LIMITS = tuple(rule for rule in RULES if rule != "quota")  # each rule but the quota is an option: its parameter
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,7 +39,7 @@ class Options:
     eot_id: Any = optional(integer(0, 0, _MOST, "by default the model's"))
 
     def __post_init__(self):
-        given = [n for n in ("steps", "threshold", "factor", "entropy_bound") if getattr(self, n) is not None]
+        given = [n for n in ("steps", *_LIMITS) if getattr(self, n) is not None]
         if len(given) > 1:
             raise InputError(f"{' and '.join(given)} exclude each other: each says how many tokens a pass commits")
         windows = self.cache in ("dual", "two_block")
@@ -47,7 +48,7 @@ class Options:
     @property
     def rule(self) -> tuple[str, float]:
         """The commit rule and its parameter."""
-        given = {name: getattr(self, name) for name in ("threshold", "factor", "entropy_bound")}
+        given = {name: getattr(self, name) for name in _LIMITS}
         return next(((name, value) for name, value in given.items() if value is not None), ("quota", 0.0))
 
 

@@ -1,8 +1,6 @@
 """A further kind of data is one file and one line: here a file of pairs, registered by this test alone."""
 
-import importlib.util
 import json
-import re
 from pathlib import Path
 
 import numpy as np
@@ -136,27 +134,6 @@ def test_numbers_out_of_the_range_of_the_kind_are_not_read(paths):
                 require_fields([source], "pairs")
         else:
             require_fields([source], "pairs")
-
-
-def test_the_kind_that_the_readme_shows_works(tmp_path, monkeypatch):
-    readme = (Path(sources.__file__).with_name("README.md")).read_text()
-    shown = [code for code in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "preference.py" in code]
-    (tmp_path / "preference.py").write_text(*shown)
-    spec = importlib.util.spec_from_file_location("preference", tmp_path / "preference.py")
-    preference = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(preference)
-    monkeypatch.setitem(KINDS, "preference", preference.KIND)
-    lines = [{"prompt": f"q {i}", "chosen": "yes " * i, "rejected": "no"} for i in range(6)]
-    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    common = {"kind": "preference", "files": str(tmp_path / "x.jsonl"), "tokenizer": TOKENIZER, "progress": False}
-    with pytest.raises(InputError, match="x.jsonl:1: has .* tokens, row_length is 8"):
-        prepare_dataset(tmp_path / "short", row_length=8, **common)
-    prepare_dataset(tmp_path / "d", row_length=64, **common)
-    order = ordered([open_dataset(tmp_path / "d")])
-    for batch in batches(order, batch_size=3, kind="preference", start_step=0, num_steps=2, seed=0, eos_id=2):
-        assert batch["chosen"].shape == batch["rejected"].shape == batch["maskable"].shape == (3, 64)
-        same = batch["chosen"] == batch["rejected"]
-        assert same[~batch["maskable"]].all() and not same.all()  # the prompt
 
 
 def test_its_damage_is_found(paths):
