@@ -1,60 +1,9 @@
 """Who may import whom, and how long a file may be: the floors of the house."""
 
 import ast
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parents[1]
-PACKAGE = ROOT / "llada_jax"
-# Rooms and files, from the ground up; what is named more exactly counts. A file imports from its own floor and below.
-FLOORS = [
-    ["fields", "streams"],
-    ["storage.buckets"],
-    ["inputs", "files", "help"],
-    ["storage"],
-    ["model.config", "cli"],
-    ["config"],
-    ["parallel"],
-    ["model"],
-    ["objectives", "sampling", "data"],
-    ["evaluation"],
-    ["training.monitor", "training.optimizer", "training.stability"],
-    ["training.step"],
-    ["interop"],
-    ["training", "evaluation.harness", "serving"],
-    ["train", "sample", "evaluate", "chat", "demo", "library"],
-]
-
-
-def floor(module: str) -> int:
-    named = [(len(name), i) for i, names in enumerate(FLOORS) for name in names if f"{module}.".startswith(f"{name}.")]
-    assert named, f"give {module} a floor"
-    return max(named)[1]
-
-
-def name_of(path: Path) -> str:
-    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
-
-
-def modules():
-    links = (PACKAGE / "tools", PACKAGE / "configs")
-    return [p for p in sorted(PACKAGE.rglob("*.py")) if p != PACKAGE / "__init__.py" and p.parents[0] not in links]
-
-
-def imports(path: Path) -> set[str]:
-    """Every module of the package that a file imports, wherever the statement stands."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "llada_jax":
-            base = node.module.removeprefix("llada_jax").strip(".")
-            for alias in node.names:
-                inner = f"{base}.{alias.name}".strip(".")
-                is_module = (PACKAGE / (inner.replace(".", "/") + ".py")).exists() or (PACKAGE / inner).is_dir()
-                found.add(inner if is_module else base)
-        elif isinstance(node, ast.Import):
-            found |= {a.name.removeprefix("llada_jax.") for a in node.names if a.name.startswith("llada_jax.")}
-    return found
+from house import PICTURE, ROOT, arrows, floor, imports, modules, name_of, picture, row_of
 
 
 @pytest.mark.parametrize("path", modules(), ids=name_of)
@@ -70,6 +19,15 @@ def test_no_files_import_each_other_in_a_circle():
         for name in free:
             del needs[name]
     assert not needs
+
+
+def test_the_picture_is_drawn_from_the_imports():
+    assert PICTURE.read_text(encoding="utf-8") == picture(), "python tests/house.py draws it again"
+
+
+def test_no_arrow_of_the_picture_points_upwards():
+    found = arrows()
+    assert found and all(row_of(a) < row_of(b) for a, b in found)
 
 
 @pytest.mark.parametrize("room, forbidden", [("data", "jax"), ("model", "llada_jax.objectives")])
