@@ -30,5 +30,5 @@ def test_every_extension_of_the_readmes_applies_and_works(tmp_path):
         )
         assert done.returncode == 0, f"the diff of {room}/README.md does not apply: {done.stderr}"
     command = [sys.executable, str(Path(__file__).with_name("extended.py")), str(tmp_path)]
-    done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
