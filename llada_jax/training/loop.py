@@ -64,7 +64,9 @@ class Loop:
         for step, batch, waited in self._timed(batches, first):
             if self._is_profiled(step) and not self._profiling:
                 self._profiling = True
-                start_profile(self.reporter.directory)
+                jax.profiler.start_trace(
+                    str(self.reporter.directory)
+                )  # into plugins/profile, for TensorBoard and xprof
             start = time.perf_counter()
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
                 state, metrics = step_fn(state, batch, key)
@@ -199,14 +201,3 @@ def sampler(config: RunConfig, tokenizer) -> Callable[[Any], str]:
     if config.data.kind == "chat":
         return functools.partial(prompts.reply, tokenizer=tokenizer, message=prompt)
     return functools.partial(prompts.complete, tokenizer=tokenizer, prompt=prompt)
-
-
-def start_profile(directory) -> None:
-    """Begins a trace in `directory`/plugins/profile, for TensorBoard and xprof.
-
-    Of devices and of the runtime's host threads; JAX's tracer of Python calls hooks into every Python thread at once
-    and can kill a process that has threads of its own (Orbax, Grain): it is off.
-    """
-    options = jax.profiler.ProfileOptions()
-    options.python_tracer_level = 0
-    jax.profiler.start_trace(str(directory), profiler_options=options)
