@@ -17,6 +17,7 @@ from llada_jax.data import sources
 from llada_jax.data.train_tokenizer import train_tokenizer
 from llada_jax.evaluation import reversal
 from llada_jax.model.transformer import Transformer
+from llada_jax.tools.kill_test import QUICK
 
 ROOT = Path(__file__).resolve().parents[2]
 COUPLETS = [(a, b) for a, b, _ in sources.couplets()[:12]]
@@ -97,7 +98,7 @@ def test_the_quickstart_makes_its_report(tmp_path):
         "--config.quickstart.sft_steps=2", "--config.quickstart.sft_batch_size=8", "--config.model.d_model=32",
         "--config.model.n_layers=1", "--config.model.mlp_hidden_size=32",
     ]  # fmt: skip
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    environment = os.environ | {"XLA_FLAGS": QUICK}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, env=environment)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "w/report.json").read_text())

@@ -74,7 +74,11 @@ def test_a_step_for_tpus_runs_splash(topology, attention, segmented):
 
 
 @pytest.mark.parametrize(
-    "sizes", [dict(data=1, fsdp=4, tensor=1, context=1), dict(data=1, fsdp=1, tensor=2, context=2)]
+    "sizes",
+    [
+        dict(data=1, fsdp=4, tensor=1, context=1),
+        pytest.param(dict(data=1, fsdp=1, tensor=2, context=2), marks=pytest.mark.slow),
+    ],
 )
 def test_masks_of_blocks_compile_for_tpus(topology, sizes):
     """Computed inside of the kernel: no [L, S] array, whatever the length."""

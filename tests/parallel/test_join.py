@@ -78,7 +78,7 @@ def test_another_service_at_the_port_and_strangers_do_not_hinder(tmp_path):
         assert (child.returncode, out.splitlines()[-1]) == (0, "joined"), printed
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_when_one_process_is_killed_the_other_ends_within_seconds_in_one_line(tmp_path, victim):
     run = kill_test.Run(tmp_path / "w", 2, 10**6)
     while run.moment() != "computing" or run.lines() < 2:
@@ -94,7 +94,9 @@ def test_when_one_process_is_killed_the_other_ends_within_seconds_in_one_line(tm
     assert len(lines) == 1 and lines[0].startswith("error: another process of this run is gone"), printed
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    "number, code", [(signal.SIGTERM, 75), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
+)
 def test_a_signal_to_one_process_in_the_loop_saves_and_ends_all(tmp_path, number, code, steps, events):
     run = kill_test.Run(tmp_path / "w", 2, 10**6)
     while run.moment() != "computing" or run.lines() < 2:

@@ -60,9 +60,8 @@ def versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
 
 
-@pytest.mark.parametrize(
-    "name", [name if name.startswith("v5e") else pytest.param(name, marks=pytest.mark.slow) for name in SLICES]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SLICES)
 def test_the_compiled_step_is_the_recorded_one(name):
     golden = json.loads(RECORDED.read_text())
     recorded, found = golden["slices"][name], measure(name)
