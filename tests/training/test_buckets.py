@@ -208,7 +208,8 @@ def test_a_bucket_may_be_away_for_over_a_minute(monkeypatch, seconds, is_reached
         assert clock.now <= buckets.PATIENCE_SECONDS
 
 
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
 def test_a_killed_run_continues_in_a_bucket_to_the_same_bits(proxies, bucket, tmp_path, processes):
     run = kill_test.Run(tmp_path / "logs", processes, 10**6, address=bucket)
     while not steps(bucket) or steps(bucket)[-1] < 10:
