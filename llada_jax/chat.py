@@ -119,10 +119,7 @@ def main(_argv: list[str]) -> None:
 
 def command() -> None:
     """The console script llada-chat."""
-    flags.DEFINE_string("checkpoint", None, "The workdir of a fine-tuning run, or a published checkpoint.")
-    flags.DEFINE_integer("gen_length", None, "Tokens of an answer, at most; default 128, less in a small model.")
-    flags.DEFINE_integer("seed", 0, "Of the sampling noise.", lower_bound=0, upper_bound=2**32 - 1)
-    options.define_flags()
+    settings.define_flags()
     cli.run(main)
 
 

@@ -17,6 +17,7 @@ from llada_jax import cli
 from llada_jax.fields import InputError
 from llada_jax.interop import hf
 from llada_jax.sampling import options
+from llada_jax.serving import settings
 from llada_jax.serving.engine import open_engine
 
 
@@ -66,14 +67,11 @@ def require_free(host: str, port: int) -> None:
 
 def command() -> None:
     """The console script llada-demo."""
-    flags.DEFINE_string("checkpoint", None, "The workdir of a fine-tuning run, or a published checkpoint.")
+    settings.define_flags()
     flags.DEFINE_string("host", "127.0.0.1", "The address to answer on; 0.0.0.0: all that this machine has.")
     flags.DEFINE_integer("port", 7860, "The port to answer on.", lower_bound=1, upper_bound=65535)
     flags.DEFINE_bool("api", False, "Also serve OpenAI's API at /v1.")
     flags.DEFINE_bool("share", False, "Also give the page a public link, through Gradio's servers.")
-    flags.DEFINE_integer("gen_length", None, "Tokens of an answer, at most; default 128, less in a small model.")
-    flags.DEFINE_integer("seed", 0, "Of the sampling noise.", lower_bound=0, upper_bound=2**32 - 1)
-    options.define_flags()
     cli.run(main)
 
 

@@ -4,6 +4,8 @@ import contextlib
 import dataclasses
 from typing import Any
 
+from absl import flags
+
 from llada_jax.fields import InputError
 from llada_jax.sampling import options
 
@@ -11,6 +13,14 @@ _FIELDS = {
     field.name: field for field in dataclasses.fields(options.Options) if not field.name.endswith("_id")
 }  # those of a model stay as they are
 NAMES = ("gen_length", *_FIELDS)
+
+
+def define_flags() -> None:
+    """The flags of a command that answers from a checkpoint: --checkpoint, --gen_length, --seed, the sampler's."""
+    flags.DEFINE_string("checkpoint", None, "The workdir of a fine-tuning run, or a published checkpoint.")
+    flags.DEFINE_integer("gen_length", None, "Tokens of an answer, at most; default 128, less in a small model.")
+    flags.DEFINE_integer("seed", 0, "Of the sampling noise.", lower_bound=0, upper_bound=2**32 - 1)
+    options.define_flags()
 
 
 def check_settings(c, settings: dict[str, Any]) -> None:
