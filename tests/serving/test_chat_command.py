@@ -1,5 +1,6 @@
 """Chat: a dialogue that grows, changes and is kept; on a terminal it denoises in place, in a pipe it is plain text."""
 
+import contextlib
 import json
 import os
 import pty
@@ -231,6 +232,17 @@ class Terminal:
     def type(self, text):
         os.write(self._file, text.encode())
 
+    def press(self, key, text):
+        """Presses `key`, again every two seconds, until `text` is seen or, if it is None, the program has ended.
+
+        A key counts only from the moment when readline waits for one, which comes a little after its prompt.
+        """
+        for _ in range(60):
+            self.type(key)
+            with contextlib.suppress(AssertionError, subprocess.TimeoutExpired):
+                return self.process.wait(2) if text is None else self.expect(text, seconds=2)
+        raise AssertionError(f"no {text!r} after {key!r}: {self.seen!r}")
+
     def close(self):
         self.process.kill()
         self.process.wait()
@@ -254,15 +266,13 @@ def test_on_a_terminal_it_denoises_in_place_and_ctrl_c_stops_only_the_answer(che
         terminal.type("\x03")
         terminal.expect("stopped; the message is forgotten")
         terminal.expect("> ")
-        terminal.type("\x03")
-        terminal.expect("Ctrl-D ends")
+        terminal.press("\x03", "Ctrl-D ends")
         terminal.type(f"/save {tmp_path / 'kept.json'}\n")
         terminal.expect("saved in")
         terminal.type("/settings cache all\n")
         terminal.expect("error: cache is 'all'")
-        terminal.expect("> ")  # readline loses a Ctrl-D that comes before its prompt
-        terminal.type("\x04")
-        assert terminal.process.wait(60) == 0
+        terminal.expect("> ")
+        assert terminal.press("\x04", None) == 0
     finally:
         terminal.close()
     assert [m["content"] for m in json.loads((tmp_path / "kept.json").read_text())["messages"]][0] == "the fox"
