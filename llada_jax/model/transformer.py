@@ -93,7 +93,7 @@ class Block(nnx.Module):
         """What the second half of the layer adds to the residual stream, [B, L, D]."""
         c, dtype, wide = self.config, self.config.dtype, spec(BATCH, "context", "tensor")
         weights = {name: getattr(self, name) for name in ("ff_proj", "up_proj", "ff_out")}
-        if self.lora is None:  # all of them are trained
+        if self.lora is None:  # else they are frozen
             x_BLD, weights = sum_gradients_first(x_BLD, weights)
         h_BLD = rms_norm(x_BLD, gather_fsdp(self.ff_norm, x_BLD.dtype), c.rms_norm_eps).astype(dtype)
         gate_BLF, up_BLF = (
