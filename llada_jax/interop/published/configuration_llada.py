@@ -42,11 +42,10 @@ class ILLaDAConfig(PretrainedConfig):
         rms_norm_eps=1e-5, tie_word_embeddings=True, mask_token_id=5, **others,
     ):  # fmt: skip
         self.hidden_size, self.num_hidden_layers = hidden_size, num_hidden_layers
-        self.num_attention_heads, self.num_key_value_heads = (
-            num_attention_heads,
-            num_key_value_heads or num_attention_heads,
-        )
+        self.num_attention_heads = num_attention_heads
+        self.num_key_value_heads = num_key_value_heads or num_attention_heads
         self.intermediate_size, self.max_position_embeddings = intermediate_size, max_position_embeddings
         self.vocab_size, self.mask_token_id = vocab_size, mask_token_id
         self.rope_theta, self.rms_norm_eps = rope_theta, rms_norm_eps
-        super().__init__(tie_word_embeddings=tie_word_embeddings, **others)
+        others["tie_word_embeddings"] = tie_word_embeddings
+        super().__init__(**others)
