@@ -85,7 +85,7 @@ def with_adapters(model, adapters: dict[str, Adapter]):
     """The model with these adapters in the place of those that it has; none: the base alone."""
     model, blocks = jax.tree.map(lambda x: x, model), jax.tree.map(lambda x: x, model.blocks)
     inner = {name: adapter for name, adapter in adapters.items() if name != "wte"}
-    blocks.lora = nnx.Dict(inner) if inner else nnx.data(None)
+    blocks.lora = nnx.Dict(inner) if adapters else nnx.data(None)  # with adapters, even of others, a block is frozen
     model.blocks, model.lora = blocks, adapters.get("wte", nnx.data(None))
     return model
 
