@@ -1,6 +1,7 @@
 """The wheel, installed where no checkout is: commands, configs, tools and data files, from any directory."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -36,14 +37,16 @@ def installed(wheel, tmp_path_factory):
     site = tmp_path_factory.mktemp("site")
     install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--target", site, wheel]
     subprocess.run(install, check=True, capture_output=True)
-    environment = dict(os.environ, PYTHONPATH=str(site), PATH=f"{site / 'bin'}:{os.environ['PATH']}")
-    environment["XLA_FLAGS"] = ""
+    return runner(site / "bin", PYTHONPATH=str(site))
+
+
+def runner(programs, **variables):
+    """Runs a command, of those in `programs` first, in a directory; returns what it prints."""
+    environment = dict(os.environ, PATH=f"{programs}:{os.environ['PATH']}", XLA_FLAGS="", **variables)
     environment["JAX_COMPILATION_CACHE_DIR"] = str(Path(tempfile.gettempdir()) / "llada_jax_tests_cache")
 
-    def run(*command, cwd, given=""):
-        done = subprocess.run(
-            command, cwd=cwd, env=environment, input=given, capture_output=True, text=True, timeout=300
-        )
+    def run(*command, cwd):
+        done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=900)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
@@ -61,12 +64,28 @@ def test_the_wheel_holds_every_file_that_the_package_reads(wheel):
 def test_a_model_is_trained_and_sampled_from_where_no_checkout_is(installed, tmp_path):
     origin = installed(sys.executable, "-c", "import llada_jax; print(llada_jax.__file__)", cwd=tmp_path)
     assert not Path(origin.strip()).is_relative_to(ROOT)
-    installed("llada-train", "--config=pretrain_tiny", "--workdir=runs/tiny", *SMALL, cwd=tmp_path)
-    assert (tmp_path / "runs" / "tiny" / "checkpoints" / "2").is_dir()
-    written = installed(
-        "llada-sample", "--checkpoint=runs/tiny", "--prompt=床前明月光，", "--gen_length=8", "--steps=2", cwd=tmp_path
-    )
-    assert written.startswith("床前明月光，")
+    train_and_sample(installed, tmp_path)
+
+
+@pytest.mark.slow
+def test_the_oldest_versions_of_the_bounds_train_and_sample(wheel, tmp_path):
+    """In an environment of its own; pip downloads them."""
+    bounds = re.findall(r"^([\w-]+)>=([\d.]+)", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
+    (tmp_path / "oldest.txt").write_text("".join(f"{name}=={version}\n" for name, version in bounds))
+    run = runner(tmp_path / "old" / "bin", PYTHONPATH="")
+    run(sys.executable, "-m", "venv", "old", cwd=tmp_path)
+    python = tmp_path / "old" / "bin" / "python"
+    run(python, "-m", "pip", "install", "-q", "--constraint", "oldest.txt", wheel, cwd=tmp_path)
+    given = run(python, "-c", "import jax, numpy; print(jax.__version__, numpy.__version__)", cwd=tmp_path).split()
+    assert all(version.startswith(dict(bounds)[name]) for name, version in zip(("jax", "numpy"), given, strict=True))
+    train_and_sample(run, tmp_path)
+
+
+def train_and_sample(run, place):
+    run("llada-train", "--config=pretrain_tiny", "--workdir=runs/tiny", *SMALL, cwd=place)
+    assert (place / "runs" / "tiny" / "checkpoints" / "2").is_dir()
+    sample = ["llada-sample", "--checkpoint=runs/tiny", "--prompt=床前明月光，", "--gen_length=8", "--steps=2"]
+    assert run(*sample, cwd=place).startswith("床前明月光，")
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import jinja2
 from llada_jax.config import Objective
 from llada_jax.data.tokenizer import Tokenizer, load_tokenizer
 from llada_jax.fields import InputError
-from llada_jax.interop import tokenizer_json, workdir
+from llada_jax.interop import families, tokenizer_json, workdir
 from llada_jax.model.config import ModelConfig
 from llada_jax.model.transformer import parameter_count
 
@@ -26,7 +26,7 @@ def write_companions(
 ) -> None:
     """Writes the tokenizer and, for a model without a published ancestor, generation settings, code and a model card.
 
-    There is code for the family llada only, and a card that shows how to use it.
+    There is code for families with an `auto_map`, and a card that shows how to use it.
 
     source: the workdir that it was trained in, whose tokenizer is the default. name: the title of the card. Files that
     are there already stay. Raises InputError for a tokenizer with more ids than the model.
@@ -44,7 +44,7 @@ def write_companions(
         tokenizer_json.write_tokenizer(tokenizer, directory)
     ids = {"bos": c.bos_token_id, "eos": c.eos_token_id, "pad": c.pad_token_id}
     _write_new(directory / "generation_config.json", json.dumps({f"{k}_token_id": v for k, v in ids.items()}, indent=2))
-    if c.family == "llada":
+    if "auto_map" in families.require(c.family).fresh:
         for file in ("configuration_llada.py", "modeling_llada.py"):
             _write_new(directory / file, (_PUBLISHED / file).read_text(encoding="utf-8"))
         _write_new(directory / "README.md", card(c, name, run))

@@ -5,6 +5,7 @@ protocol, every option of the sampler may be given by its name: `extra_body={"th
 """
 
 import dataclasses
+import hmac
 import json
 import time
 import uuid
@@ -17,6 +18,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import ASGIApp
 
 from llada_jax.data.tokenizer import Tokenizer
 from llada_jax.fields import InputError
@@ -102,8 +104,8 @@ class _Asked:
     usage: bool  # whether a stream ends with it
 
 
-def create_api(engine: Engine, name: str) -> Starlette:
-    """The application to mount at /v1. name: of the model, as clients write it."""
+def create_api(engine: Engine, name: str, key: str | None = None) -> ASGIApp:
+    """The application to mount at /v1. name: of the model, as clients write it. key: what they must send."""
 
     def handler(style: _Style):
         async def handle(request: Request) -> Response:
@@ -132,7 +134,22 @@ def create_api(engine: Engine, name: str) -> Starlette:
         Route("/completions", handler(_TEXT), methods=["POST"]),
     ]  # fmt: skip
     handlers: dict[Any, Any] = {_Refused: _error, HTTPException: _http_error, Exception: _failure}
-    return Starlette(routes=routes, exception_handlers=handlers)
+    app = Starlette(routes=routes, exception_handlers=handlers)
+    return app if key is None else _guarded(app, key)
+
+
+def _guarded(app: ASGIApp, key: str) -> ASGIApp:
+    """Answers those who send the key, in a time that says nothing of how much of theirs is right."""
+    wanted = f"Bearer {key}".encode()
+
+    async def guarded(scope, receive, send) -> None:
+        if not hmac.compare_digest(dict(scope["headers"]).get(b"authorization", b""), wanted):
+            refused = _Refused(401, "the API key is missing or wrong", code="invalid_api_key")
+            answer = JSONResponse(refused.body(), 401, {"WWW-Authenticate": "Bearer"})
+            return await answer(scope, receive, send)
+        return await app(scope, receive, send)
+
+    return guarded
 
 
 async def _error(_: Request, error: _Refused) -> Response:

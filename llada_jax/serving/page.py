@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when it is imported; it would ask its maker for news
 
 import gradio as gr
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from llada_jax.fields import InputError
 from llada_jax.sampling.denoise import CACHES
@@ -280,18 +282,21 @@ def _controls(engine: Engine) -> list[Any]:
 
 
 def serve(
-    blocks: gr.Blocks, host: str, port: int, *, share: bool = False, routes: list[Any] | None = None
+    blocks: gr.Blocks, host: str, port: int, *, share: bool = False, routes: list[Any] | None = None, local: bool = True
 ) -> tuple[str, str | None]:
     """Starts the server in threads of its own; returns the address of the page, and the shared one.
 
-    routes: others that the same server has.
+    routes: others that the same server has. local: whether it has no name but this machine's own; then a page of
+    another site whose name is made to point here (DNS rebinding) gets no answer.
     """
+    own = ["127.0.0.1", "localhost", "[::1]"] if local and not share else ["*"]
+    names = Middleware(TrustedHostMiddleware, allowed_hosts=own, www_redirect=False)
     here = Path(__file__)
     blocks.queue(max_size=64, api_open=True)
     _, url, shared = blocks.launch(
         server_name=host, server_port=port, share=share, prevent_thread_lock=True, quiet=True, ssr_mode=False,
-        footer_links=[], app_kwargs={"routes": routes or []}, css=here.with_suffix(".css").read_text(),
-        head=f"<script>{here.with_suffix('.js').read_text()}</script>",
+        footer_links=[], app_kwargs={"routes": routes or [], "middleware": [names]},
+        css=here.with_suffix(".css").read_text(), head=f"<script>{here.with_suffix('.js').read_text()}</script>",
         theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]).set(
             block_info_text_color="*neutral_500", block_info_text_color_dark="*neutral_400"
         ),

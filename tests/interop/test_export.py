@@ -64,9 +64,10 @@ def read(directory, **options):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("family", ["llada", "illada"])
 @pytest.mark.parametrize("changes", [{}, dict(weight_tying=True, n_kv_heads=4, rope_theta=1e4)], ids=["", "tied"])
-def test_pytorch_computes_the_same_logits(tmp_path, tokenizer, rng, changes):
-    model = make(tokenizer, **changes)
+def test_pytorch_computes_the_same_logits(tmp_path, tokenizer, rng, changes, family):
+    model = make(tokenizer, family=family, **changes)
     hf.save_hf(model, tmp_path / "out", "20KB", tokenizer=tokenizer)
     theirs = read(tmp_path / "out")
     tokens = rng.integers(0, model.config.embedding_size, (2, 12), np.int32)
@@ -92,9 +93,10 @@ def test_pytorch_computes_the_same_logits(tmp_path, tokenizer, rng, changes):
     np.testing.assert_allclose(half.float().detach().numpy(), ours, atol=0.05 * np.abs(ours).max(), rtol=0)
 
 
-def test_pytorch_fills_the_same_masks(tmp_path, tokenizer, rng):
+@pytest.mark.parametrize("changes", [{}, dict(family="illada", weight_tying=True)], ids=["llada", "illada"])
+def test_pytorch_fills_the_same_masks(tmp_path, tokenizer, rng, changes):
     """Of prompts of different lengths, in blocks, with fewer passes than tokens."""
-    model = make(tokenizer)
+    model = make(tokenizer, **changes)
     hf.save_hf(model, tmp_path / "out", tokenizer=tokenizer)
     prompt, real = rng.integers(7, 300, (2, 5)), np.array([[0, 0, 1, 1, 1], [1] * 5])
     options = dict(gen_length=12, block_length=6, steps=8)

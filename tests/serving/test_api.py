@@ -10,6 +10,7 @@ import pytest
 import uvicorn
 from starlette.applications import Starlette
 from starlette.routing import Mount
+from starlette.testclient import TestClient
 
 from llada_jax.fields import InputError
 from llada_jax.sampling import generate as generate_module
@@ -162,3 +163,15 @@ def test_a_failure_in_a_stream_is_said_in_it(client, monkeypatch):
         list(client.completions.create(model="tiny", prompt="x", stream=True))
     with pytest.raises(openai.InternalServerError, match="not finite"):
         client.completions.create(model="tiny", prompt="x")
+
+
+def test_with_a_key_only_those_who_send_it_get_an_answer(engine):
+    app = Starlette(routes=[Mount("/v1", create_api(engine, "tiny", "secret"))])
+    with TestClient(app) as client:
+        get = lambda value: client.get("/v1/models", headers={"authorization": value} if value else {})
+        assert get("Bearer secret").json()["data"][0]["id"] == "tiny"
+        for value in (None, "Bearer none", "Bearer secret2", "secret", "Bearer \xe9".encode("latin-1")):
+            refused = get(value)
+            assert refused.status_code == 401 and refused.headers["www-authenticate"] == "Bearer"
+            error = refused.json()["error"]
+            assert (error["type"], error["code"]) == ("invalid_request_error", "invalid_api_key")

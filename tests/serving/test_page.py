@@ -8,7 +8,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from llada_jax.demo import require_free
+from llada_jax.demo import _api_key, require_free
 from llada_jax.fields import InputError
 
 README = Path(__file__).parents[2] / "llada_jax" / "serving" / "README.md"
@@ -149,3 +149,25 @@ def test_a_port_that_is_taken_is_named(checkpoint, url):
     port = url.rstrip("/").rpartition(":")[2]
     with pytest.raises(InputError, match=f"--port={port}: can't be used on 127.0.0.1"):
         require_free("127.0.0.1", int(port))
+
+
+def test_a_site_whose_name_is_made_to_point_here_gets_no_answer(url):
+    port = url.rstrip("/").rpartition(":")[2]
+    for place in ("", "config", "v1/models"):
+        for host, status in (("127.0.0.1", 200), ("localhost", 200), ("[::1]", 200), ("evil.example", 400)):
+            assert httpx.get(url + place, headers={"host": f"{host}:{port}"}).status_code == status
+
+
+@pytest.mark.parametrize(
+    "api, key, message", [(False, "x", "no API to guard; add --api"), (True, "", "--api_key is empty")]
+)
+def test_a_key_that_would_guard_nothing_is_refused(api, key, message):
+    with pytest.raises(InputError, match=message):
+        _api_key(api, key)
+
+
+def test_the_key_of_the_api_is_that_of_the_flag_or_the_environment(monkeypatch):
+    monkeypatch.delenv("LLADA_API_KEY", raising=False)
+    assert _api_key(True, None) is None
+    monkeypatch.setenv("LLADA_API_KEY", "b")
+    assert (_api_key(True, None), _api_key(True, "a")) == ("b", "a")

@@ -38,12 +38,12 @@ FAMILY = Family(
     },
     fresh=dict(
         auto_map={
-            "AutoConfig": "configuration_illada.ILLaDAConfig",
-            "AutoModel": "modeling_illada.ILLaDAModel",
-            "AutoModelForCausalLM": "modeling_illada.ILLaDAForCausalLM",
+            "AutoConfig": "configuration_llada.ILLaDAConfig",
+            "AutoModel": "modeling_llada.ILLaDAForCausalLM",
+            "AutoModelForCausalLM": "modeling_llada.ILLaDAForCausalLM",
         },
         attention_bias=False, attention_dropout=0.0, hidden_act="silu", layer_norm_eps=None, mlp_bias=False,
-        resid_pdrop=0.0, rope_scaling=None, use_cache=False,
+        resid_pdrop=0.0, use_cache=False,
     ),
     mask_token_id=5,
     head_size_key="head_dim",

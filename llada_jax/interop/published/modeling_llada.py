@@ -1,7 +1,7 @@
 # Copyright the llada_jax authors. Licensed under the Apache License, Version 2.0; you may not use this file except in
 # compliance with the License, a copy of which is at https://www.apache.org/licenses/LICENSE-2.0. It is distributed
 # "AS IS", without warranties or conditions of any kind.
-"""LLaDA in PyTorch, for transformers: a bidirectional Transformer, and the sampler that fills its masks.
+"""LLaDA and iLLaDA in PyTorch, for transformers: a bidirectional Transformer, and the sampler that fills its masks.
 
 B rows, L positions, D model width, N query heads, K key heads, H head size, G generated tokens, V vocabulary.
 """
@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from .configuration_llada import LLaDAConfig
+from .configuration_llada import ILLaDAConfig, LLaDAConfig
 
 
 class RMSNorm(nn.Module):
@@ -32,63 +32,67 @@ class RMSNorm(nn.Module):
 class Block(nn.Module):
     """One layer: attention, then a SwiGLU MLP, each added to what comes in."""
 
-    def __init__(self, c: LLaDAConfig):
+    def __init__(self, c: Any):
         super().__init__()
-        self.head_size, self.group = c.d_model // c.n_heads, c.n_heads // c.n_kv_heads
-        linear = lambda columns, rows: nn.Linear(columns, rows, bias=False)
-        keys = c.n_kv_heads * self.head_size
-        self.q_proj, self.attn_out = linear(c.d_model, c.d_model), linear(c.d_model, c.d_model)
-        self.k_proj, self.v_proj = linear(c.d_model, keys), linear(c.d_model, keys)
-        self.ff_proj, self.up_proj = linear(c.d_model, c.mlp_hidden_size), linear(c.d_model, c.mlp_hidden_size)
-        self.ff_out = linear(c.mlp_hidden_size, c.d_model)
+        keys = c.n_kv_heads * (c.d_model // c.n_heads)
+        self.q_proj, self.attn_out = _linear(c.d_model, c.d_model), _linear(c.d_model, c.d_model)
+        self.k_proj, self.v_proj = _linear(c.d_model, keys), _linear(c.d_model, keys)
+        self.ff_proj, self.up_proj = _linear(c.d_model, c.mlp_hidden_size), _linear(c.d_model, c.mlp_hidden_size)
+        self.ff_out = _linear(c.mlp_hidden_size, c.d_model)
         self.attn_norm, self.ff_norm = RMSNorm(c.d_model, c.rms_norm_eps), RMSNorm(c.d_model, c.rms_norm_eps)
 
     def forward(self, x_BLD, cos, sin, visible):
-        h_BLD = self.attn_norm(x_BLD)
         projections = (self.q_proj, self.k_proj, self.v_proj)
-        q, k, v = (p(h_BLD).unflatten(-1, (-1, self.head_size)).transpose(1, 2) for p in projections)
-        q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
-        k, v = k.repeat_interleave(self.group, 1), v.repeat_interleave(self.group, 1)
-        a_BNLH = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
-        x_BLD = x_BLD + self.attn_out(a_BNLH.transpose(1, 2).flatten(2))
+        x_BLD = x_BLD + self.attn_out(_attend(self.attn_norm(x_BLD), projections, cos, sin, visible))
         h_BLD = self.ff_norm(x_BLD)
         return x_BLD + self.ff_out(F.silu(self.ff_proj(h_BLD)) * self.up_proj(h_BLD))
 
 
-class LLaDAModel(nn.Module):
+class ILLaDABlock(nn.Module):
+    """The same layer under the names of iLLaDA."""
+
+    def __init__(self, c: Any):
+        super().__init__()
+        block = Block(c)
+        attention = {"q_proj": block.q_proj, "k_proj": block.k_proj, "v_proj": block.v_proj, "o_proj": block.attn_out}
+        mlp = {"gate_proj": block.ff_proj, "up_proj": block.up_proj, "down_proj": block.ff_out}
+        self.self_attn, self.mlp = nn.ModuleDict(attention), nn.ModuleDict(mlp)
+        self.input_layernorm, self.post_attention_layernorm = block.attn_norm, block.ff_norm
+
+    def forward(self, x_BLD, cos, sin, visible):
+        *projections, out = self.self_attn.values()
+        gate, up, down = self.mlp.values()
+        x_BLD = x_BLD + out(_attend(self.input_layernorm(x_BLD), projections, cos, sin, visible))
+        h_BLD = self.post_attention_layernorm(x_BLD)
+        return x_BLD + down(F.silu(gate(h_BLD)) * up(h_BLD))
+
+
+class LLaDAModelLM(PreTrainedModel):
     """Token ids to logits, under the names of the published checkpoints."""
 
-    def __init__(self, c: LLaDAConfig):
-        super().__init__()
-        self.config = c
+    config_class: Any = LLaDAConfig
+    base_model_prefix = "model"
+    _no_split_modules = ["Block", "ILLaDABlock"]
+
+    def __init__(self, config: Any):
+        super().__init__(config)
+        self._build(config)
+        self.post_init()
+
+    def _build(self, c: Any) -> None:
         parts = {
             "wte": nn.Embedding(c.embedding_size, c.d_model),
             "blocks": nn.ModuleList(Block(c) for _ in range(c.n_layers)),
             "ln_f": RMSNorm(c.d_model, c.rms_norm_eps),
         }
         if not c.weight_tying:
-            parts["ff_out"] = nn.Linear(c.d_model, c.embedding_size, bias=False)
-        self.transformer = nn.ModuleDict(parts)
+            parts["ff_out"] = _linear(c.d_model, c.embedding_size)
+        self.model: Any = nn.ModuleDict({"transformer": nn.ModuleDict(parts)})
 
-    def forward(self, tokens_BL, visible, positions):
-        t: Any = self.transformer
-        x_BLD = t["wte"](tokens_BL)
-        cos, sin = _angles(positions, self.config.d_model // self.config.n_heads, self.config.rope_theta)
-        for block in t["blocks"]:
-            x_BLD = block(x_BLD, cos, sin, visible)
-        head = t["wte"] if self.config.weight_tying else t["ff_out"]
-        return F.linear(t["ln_f"](x_BLD), head.weight)
-
-
-class LLaDAModelLM(PreTrainedModel):
-    config_class = LLaDAConfig
-    base_model_prefix = "model"
-    _no_split_modules = ["Block"]
-
-    def __init__(self, config: LLaDAConfig):
-        super().__init__(config)
-        self.model = LLaDAModel(config)
-        self.post_init()
+    def _parts(self) -> tuple[Any, Any, Any, Any]:
+        """Embedding, layers, last norm and head."""
+        parts = self.model["transformer"]
+        return parts["wte"], parts["blocks"], parts["ln_f"], parts["wte" if self.config.weight_tying else "ff_out"]
 
     def _init_weights(self, module):
         if isinstance(module, nn.Linear | nn.Embedding):
@@ -97,10 +101,10 @@ class LLaDAModelLM(PreTrainedModel):
             nn.init.ones_(module.weight)
 
     def get_input_embeddings(self):
-        return self.model.transformer["wte"]
+        return self._parts()[0]
 
     def set_input_embeddings(self, value):
-        self.model.transformer["wte"] = value
+        self.model["transformer"]["wte"] = value
 
     def forward(self, input_ids, attention_mask=None, segment_ids=None, position_ids=None, **_):
         """Logits [B, L, V] of every position; what a masked one holds is that of the masked position itself.
@@ -111,7 +115,12 @@ class LLaDAModelLM(PreTrainedModel):
         segments = attention_mask if segment_ids is None else segment_ids
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)
-        return CausalLMOutputWithPast(logits=self.model(input_ids, _visible(segments), position_ids))
+        embedding, blocks, norm, head = self._parts()
+        x_BLD, visible = embedding(input_ids), _visible(segments)
+        cos, sin = _angles(position_ids, self.config.d_model // self.config.n_heads, self.config.rope_theta)
+        for block in blocks:
+            x_BLD = block(x_BLD, cos, sin, visible)
+        return CausalLMOutputWithPast(logits=F.linear(norm(x_BLD), head.weight))
 
     @torch.no_grad()
     def generate(
@@ -142,6 +151,41 @@ class LLaDAModelLM(PreTrainedModel):
                     chosen = sure[row].topk(-(-masks // left)).indices
                     x[row, begin + chosen] = found[row, chosen]
         return x
+
+
+class ILLaDAForCausalLM(LLaDAModelLM):
+    """The same network under the names of iLLaDA."""
+
+    config_class = ILLaDAConfig
+
+    def _build(self, c: Any) -> None:
+        self.model = nn.ModuleDict({
+            "embed_tokens": nn.Embedding(c.embedding_size, c.d_model),
+            "layers": nn.ModuleList(ILLaDABlock(c) for _ in range(c.n_layers)),
+            "norm": RMSNorm(c.d_model, c.rms_norm_eps),
+        })  # fmt: skip
+        if not c.weight_tying:
+            self.lm_head = _linear(c.d_model, c.embedding_size)
+
+    def _parts(self) -> tuple[Any, Any, Any, Any]:
+        embedding, layers, norm = self.model.values()
+        return embedding, layers, norm, embedding if self.config.weight_tying else self.lm_head
+
+    def set_input_embeddings(self, value):
+        self.model["embed_tokens"] = value
+
+
+def _linear(columns: int, rows: int) -> nn.Linear:
+    return nn.Linear(columns, rows, bias=False)
+
+
+def _attend(h_BLD, projections, cos, sin, visible):
+    """Attention before its output projection; projections: of queries, keys and values."""
+    q, k, v = (p(h_BLD).unflatten(-1, (-1, cos.shape[-1])).transpose(1, 2) for p in projections)
+    q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible).transpose(1, 2).flatten(2)
 
 
 def _visible(segments_BL):
