@@ -12,7 +12,7 @@ from flax import nnx
 
 from llada_jax.config import Lora
 from llada_jax.fields import InputError
-from llada_jax.model.quantize import PRODUCTS, Int8, inner_axes, quantize
+from llada_jax.model.quantize import PRODUCTS, Int8, decode, inner_axes, quantize
 from llada_jax.parallel.mesh import BATCH, HIDDEN, gather_fsdp, reshard, spec
 
 TARGETS = (*PRODUCTS, "wte")
@@ -161,6 +161,31 @@ def _fused_embedding(weight, adapter: Adapter):
     delta_VD = (adapter.A[...].T * adapter.scale[...]) @ adapter.B[...].T
     change = jnp.max(jnp.abs(delta_VD)) / jnp.max(jnp.abs(weight.astype(jnp.float32)))
     return (weight.astype(jnp.float32) + delta_VD).astype(weight.dtype), change
+
+
+def relative_size(model) -> tuple[jax.Array, jax.Array]:
+    """(mean, largest) over weights and layers of |scale·B·A| / |W|, Frobenius norms: what adapters have changed so far.
+
+    By |B·A|² = tr(A·Aᵀ · Bᵀ·B), so that no product is formed; of the weights a layer at a time is decoded.
+    """
+    found = []
+    for name, adapter in adapters_of(model).items():
+        if name == "wte":
+            found.append(_ratio(model.wte, adapter.A[...], adapter.B[...] * adapter.scale[...], ("V", "D"))[None])
+            continue
+        halves = _split(PRODUCTS[name])
+        layer = lambda parts, halves=halves: _ratio(parts[0], parts[1], parts[2] * parts[3], halves)
+        parts = getattr(model.blocks, name), adapter.A[...], adapter.B[...], adapter.scale[...]
+        found.append(jax.lax.map(layer, parts))
+    ratios = jnp.concatenate(found)
+    return jnp.mean(ratios), jnp.max(ratios)
+
+
+def _ratio(weight, A, B, halves: tuple[str, str]):
+    (inner, outer), whole = halves, spec(None, None)
+    A_RS = jnp.einsum(f"R{inner},S{inner}->RS", A, A, out_sharding=whole)
+    B_RS = jnp.einsum(f"{outer}R,{outer}S->RS", B, B, out_sharding=whole)
+    return jnp.sqrt(jnp.sum(A_RS * B_RS) / jnp.sum(decode(weight, len(inner)) ** 2))
 
 
 def require_targets(targets) -> None:

@@ -70,6 +70,19 @@ def test_a_model_with_adapters_computes_the_same_on_a_mesh(mesh, quantized):
     close(logits, np.asarray(wanted(ids)))
 
 
+def test_merging_on_a_mesh_gives_the_same_weights_where_they_lay(mesh):
+    """To the rounding of one sum: a product of other shapes adds its ranks in another order."""
+    place = REFERENCE / "lora" / "adapter_1"
+    wanted, most = lora.merge(hf.load(REFERENCE / "ckpt_a_mha", adapter=place))
+    on_mesh = hf.load(REFERENCE / "ckpt_a_mha", mesh=mesh, adapter=place)
+    with jax.set_mesh(mesh):
+        found, moved = lora.merge(on_mesh)
+    assert moved == pytest.approx(most, rel=1e-6)
+    assert found.blocks.ff_out.sharding == on_mesh.blocks.ff_out.sharding
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        close(x, np.asarray(y), 2e-7)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_gradients_of_the_adapters_are_those_of_peft(case):
     """Cross-entropy of given targets at the masked positions, in float32."""
@@ -115,6 +128,24 @@ def test_adapters_of_every_weight_are_what_plain_float64_makes_of_the_merged_wei
     wanted = plain.forward(weights, tiny, ids)
     close(model(ids), wanted, 1e-4)
     close(lora.merge(model)[0](ids), wanted, 1e-4)
+
+
+def test_the_size_of_adapters_is_that_of_their_products_beside_the_weights(mesh):
+    some = dataclasses.replace(ALL, targets=("q_proj", "attn_out", "ff_out", "wte"))
+    fresh_on = jax.jit(lambda base: lora.attach(base, some, jax.random.key(1)))
+    model, ratios = randomized(fresh_on(hf.load(REFERENCE / "ckpt_a_mha", quantize="int8"))), []
+    for name, adapter in lora.adapters_of(model).items():
+        inner = 1 if name == "wte" else quantize.inner_axes(name)
+        weight = quantize.decode(model.wte if name == "wte" else getattr(model.blocks, name), inner)
+        parts = [np.asarray(x, np.float64) for x in (adapter.A, adapter.B, adapter.scale, weight)]
+        for A, B, scale, W in [parts] if name == "wte" else zip(*parts, strict=True):
+            ratios.append(np.linalg.norm(np.tensordot(B * scale, A, 1)) / np.linalg.norm(W))
+    wanted = np.mean(ratios), np.max(ratios)
+    np.testing.assert_allclose(jax.jit(lora.relative_size)(model), wanted, rtol=1e-5)
+    with jax.set_mesh(mesh):
+        fresh = fresh_on(hf.load(REFERENCE / "ckpt_a_mha", mesh=mesh, quantize="int8"))
+        on_mesh = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), model, fresh)
+        np.testing.assert_allclose(jax.jit(lora.relative_size)(on_mesh), wanted, rtol=1e-5)
 
 
 def test_the_effects_of_several_adapters_add_up(tiny):
