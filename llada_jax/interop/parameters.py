@@ -13,7 +13,7 @@ from llada_jax.interop.safetensors_io import Stored, some
 from llada_jax.model import quantize
 from llada_jax.model.config import ModelConfig
 
-_INT8_BYTES = 2**19  # of a tensor that are quantised at a time, which takes ten times the memory
+_CODED_BYTES = 2**19  # of a tensor that are quantised at a time, which takes ten times the memory
 
 Progress = Callable[[int], object]  # called with the bytes that were read or written, such as tqdm.update
 
@@ -77,32 +77,36 @@ def parameter(leaf, dtype, parts: Sequence[Stored], stacked: bool, progress: Pro
     return jax.block_until_ready(jax.make_array_from_callback(leaf.shape, leaf.sharding, read, dtype=dtype))
 
 
-def int8(scale, values, parts: Sequence[Stored], progress: Progress) -> tuple[jax.Array, jax.Array]:
-    """A stacked weight in int8: (scale, values), sharded like the leaves given, quantised some rows at a time.
+def coded(scale, values, parts: Sequence[Stored], progress: Progress) -> tuple[jax.Array, jax.Array]:
+    """A stacked weight in few bits: (scale, values), sharded like the leaves given, quantised some rows at a time.
 
-    The scale of an output channel is that of its whole row, so every process reads whole rows.
+    A scale of int8 is that of an output channel, a whole row, so every process reads whole rows.
     """
     cache: dict[tuple, np.ndarray] = {}
-    scales_LR = np.zeros((len(parts), parts[0].shape[0]), np.float32)  # layer, row of the published tensor
+    is_grouped = scale.ndim == values.ndim
+    encode = lambda x: quantize.encode_groups(x, group) if is_grouped else quantize.encode(x, 1)
+    group = values.shape[-1] // scale.shape[-1]
+    rows_of = (len(parts), parts[0].shape[0])  # layers, rows of the published tensor
+    scales = np.zeros((*rows_of, *[math.prod(scale.shape) // math.prod(rows_of)] * is_grouped), np.float32)
 
     def read(index: tuple[slice, ...] | None) -> np.ndarray:
         assert index is not None
         ranges = tuple(s.indices(n)[:2] for s, n in zip(index, values.shape, strict=True))
         if ranges not in cache:
-            out = cache[ranges] = _aligned([stop - start for start, stop in ranges], np.dtype(np.int8))
+            out = cache[ranges] = _aligned([stop - start for start, stop in ranges], values.dtype)
             for target, layer in zip(out, range(*ranges[0]), strict=True):
                 rows, columns = _published_index(ranges[1:], values.shape[1:], parts[layer].shape)
                 target = target.reshape(rows.stop - rows.start, columns.stop - columns.start)
                 whole = slice(0, parts[layer].shape[1])
-                for some_rows, x in parts[layer].chunks([rows, whole], _INT8_BYTES):
-                    encoded, row_scales = quantize.encode(x, 1)
-                    scales_LR[layer, rows.start + some_rows.start : rows.start + some_rows.stop] = row_scales
+                for some_rows, x in parts[layer].chunks([rows, whole], _CODED_BYTES):
+                    encoded, row_scales = encode(x)
+                    scales[layer, rows.start + some_rows.start : rows.start + some_rows.stop] = row_scales
                     target[some_rows] = encoded[:, columns]
                     progress(x.nbytes)
         return cache[ranges]
 
-    made = jax.block_until_ready(jax.make_array_from_callback(values.shape, values.sharding, read, dtype=np.int8))
-    scales = scales_LR.reshape(scale.shape)
+    made = jax.block_until_ready(jax.make_array_from_callback(values.shape, values.sharding, read, dtype=values.dtype))
+    scales = scales.reshape(scale.shape)
     return jax.make_array_from_callback(scale.shape, scale.sharding, lambda index: scales[index]), made
 
 

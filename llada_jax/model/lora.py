@@ -12,7 +12,7 @@ from flax import nnx
 
 from llada_jax.config import Lora
 from llada_jax.fields import InputError
-from llada_jax.model.quantize import PRODUCTS, Int8, decode, inner_axes, quantize
+from llada_jax.model.quantize import FEW_BITS, PRODUCTS, Coded, decode, inner_axes, quantize
 from llada_jax.parallel.mesh import BATCH, HIDDEN, gather_fsdp, reshard, spec
 
 TARGETS = (*PRODUCTS, "wte")
@@ -76,9 +76,9 @@ def attach(model, c: Lora, key: jax.Array):
 
 
 def frozen_base(model, base: str):
-    """The model as config.lora.base holds it: "float32", "bfloat16", or "int8" with the rest in bfloat16."""
+    """The model as config.lora.base holds it: "float32", "bfloat16", or one of FEW_BITS with the rest in bfloat16."""
     model = jax.tree.map(lambda x: x.astype("float32" if base == "float32" else "bfloat16"), model)
-    return quantize(model) if base == "int8" else model
+    return quantize(model, base) if base in FEW_BITS else model
 
 
 def with_adapters(model, adapters: dict[str, Adapter]):
@@ -134,8 +134,8 @@ def merge(model):
     blocks.lora, most = nnx.data(None), 0.0
     for name, adapter in adapters_of(model).items():
         weight = model.wte if name == "wte" else getattr(blocks, name)
-        if isinstance(weight, Int8):
-            raise InputError("the base is int8; merge into the one that it was made of: load without quantize")
+        if isinstance(weight, Coded):
+            raise InputError("the base is quantised; merge into the one that it was made of: load without quantize")
         if name == "wte" and model.ff_out is None:
             raise InputError("the embedding is also the head, which its adapter does not change; it cannot be merged")
         fused, change = jax.jit(_fused_embedding if name == "wte" else _fused)(weight[...], adapter)
@@ -201,7 +201,7 @@ def shapes(model, name: str, rank: int) -> tuple[tuple[int, ...], tuple[int, ...
         V, D = model.wte.shape
         return (rank, V), (D, rank)
     weight = getattr(model.blocks, name)
-    layers, *shape = (weight.values if isinstance(weight, Int8) else weight).shape
+    layers, *shape = (weight.values if isinstance(weight, Coded) else weight).shape
     inner = inner_axes(name)
     return (layers, rank, *shape[-inner:]), (layers, *shape[:-inner], rank)
 

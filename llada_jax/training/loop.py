@@ -76,7 +76,8 @@ class Loop:
             if jax.process_count() > 1 and step % fields.log_every == 0:
                 metrics["host_seconds"] = of_hosts(own_seconds / own_steps, metrics["loss"].sharding.mesh)
                 own_seconds, own_steps = 0.0, 0
-            if self.config.lora.rank and (step % fields.log_every == 0 or step == fields.steps):
+            logged = step % fields.log_every == 0 or step == fields.steps
+            if self.config.lora.rank and (logged or step == first + 1):  # at the first step it is compiled
                 metrics["adapter_mean"], metrics["adapter_max"] = _adapter_size(state.model)
             self._pending.append((step, metrics, waited))
             request = self.asked.poll()

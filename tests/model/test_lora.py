@@ -59,8 +59,9 @@ def test_logits_before_with_and_after_merging_are_those_of_peft(case):
     assert not lora.adapters_of(merged) and lora.adapters_of(model)
 
 
-@pytest.mark.parametrize("quantized", [None, "int8"])
-def test_a_model_with_adapters_computes_the_same_on_a_mesh(mesh, quantized):
+@pytest.mark.parametrize("quantized", [None, "int8", "int4"])
+def test_a_model_with_adapters_computes_the_same_on_a_mesh(mesh, quantized, monkeypatch):
+    monkeypatch.setattr(quantize, "_GROUP", 16)  # so that the groups of so small a model can be split
     place = [REFERENCE / "lora" / "adapter_1", REFERENCE / "lora" / "adapter_0"]
     ids = np.tile(VECTORS["adapter_1_ids"], (2, 1)).astype(np.int32)
     wanted = hf.load(REFERENCE / "ckpt_a_mha", adapter=place, quantize=quantized)
@@ -68,6 +69,11 @@ def test_a_model_with_adapters_computes_the_same_on_a_mesh(mesh, quantized):
     with jax.set_mesh(mesh):
         logits = jax.jit(lambda model, ids: model(ids))(found, jax.device_put(ids, jax.NamedSharding(mesh, jax.P())))
     close(logits, np.asarray(wanted(ids)))
+
+
+def test_a_mesh_that_would_split_groups_of_int4_is_refused(mesh):
+    with pytest.raises(InputError, match="q_proj has 1 .* of 64 inputs, which mesh.fsdp=2 would split"):
+        hf.load(REFERENCE / "ckpt_a_mha", mesh=mesh, quantize="int4")
 
 
 def test_merging_on_a_mesh_gives_the_same_weights_where_they_lay(mesh):
@@ -179,17 +185,25 @@ def test_dropout_keeps_the_mean_and_its_bits_on_a_mesh(tiny, mesh):
     )
 
 
-def test_int8_weights_are_within_half_a_step_and_multiply_as_such(tiny, rng):
+@pytest.mark.parametrize("kind, most", [("int8", 127), ("int4", 7)])
+def test_weights_in_few_bits_are_within_half_a_step_and_multiply_as_such(tiny, rng, kind, most):
+    """In float64. An F of 48 makes three groups of int4, of 16 each."""
     model = Transformer(dataclasses.replace(tiny, n_kv_heads=2), jax.random.key(0))
-    coded = jax.jit(quantize.quantize)(model)
+    coded = jax.jit(quantize.quantize, static_argnums=1)(model, kind)
     x = {"BLD": rng.normal(size=(2, 3, 32)), "BNLH": rng.normal(size=(2, 4, 3, 8)), "BLF": rng.normal(size=(2, 3, 48))}
     for name, letters in quantize.PRODUCTS.items():
         inner = quantize.inner_axes(name)
         weight, code = getattr(model.blocks, name), getattr(coded.blocks, name)
-        assert code.values.dtype == jnp.int8 and int(jnp.abs(code.values[...]).max()) == 127
-        decoded = np.asarray(code.values[...], np.float64) * np.expand_dims(code.scale[...], tuple(range(-inner, 0)))
-        step = np.expand_dims(np.abs(weight[...]).max(tuple(range(-inner, 0))) / 127, tuple(range(-inner, 0)))
-        assert (np.abs(decoded - weight[...]) <= step * (0.5 + 127 / 256)).all()  # a scale has 8 bits
+        values, scale, exact = (np.asarray(x, np.float64) for x in (code.values, code.scale, weight))
+        assert code.values.dtype == jnp.dtype(kind) and np.abs(values).max() == most
+        axes, shape = tuple(range(-inner, 0)), values.shape
+        if kind == "int4":  # a scale for each group of the last axis
+            axes, shape = (-1,), (*shape[:-1], 3 if name == "ff_out" else 1, -1)
+        values, exact = values.reshape(shape), exact.reshape(shape)
+        decoded, step = values * np.expand_dims(scale, axes), np.abs(exact).max(axes, keepdims=True) / most
+        assert (np.abs(decoded - exact) <= step * (0.5 + most / 256)).all()  # a scale has 8 bits
+        decoded = decoded.reshape(weight.shape)
+        np.testing.assert_array_equal(quantize.decode(code, inner), decoded)
         layer = jax.tree.map(lambda x: x[0], code)
         wanted = np.einsum(letters, x[letters.split(",")[0]], decoded[0])
         close(
