@@ -141,8 +141,7 @@ def test_the_size_of_adapters_is_that_of_their_products_beside_the_weights(mesh)
     fresh_on = jax.jit(lambda base: lora.attach(base, some, jax.random.key(1)))
     model, ratios = randomized(fresh_on(hf.load(REFERENCE / "ckpt_a_mha", quantize="int8"))), []
     for name, adapter in lora.adapters_of(model).items():
-        inner = 1 if name == "wte" else quantize.inner_axes(name)
-        weight = quantize.decode(model.wte if name == "wte" else getattr(model.blocks, name), inner)
+        weight = quantize.decode(model.wte if name == "wte" else getattr(model.blocks, name), name)
         parts = [np.asarray(x, np.float64) for x in (adapter.A, adapter.B, adapter.scale, weight)]
         for A, B, scale, W in [parts] if name == "wte" else zip(*parts, strict=True):
             ratios.append(np.linalg.norm(np.tensordot(B * scale, A, 1)) / np.linalg.norm(W))
@@ -196,14 +195,17 @@ def test_weights_in_few_bits_are_within_half_a_step_and_multiply_as_such(tiny, r
         weight, code = getattr(model.blocks, name), getattr(coded.blocks, name)
         values, scale, exact = (np.asarray(x, np.float64) for x in (code.values, code.scale, weight))
         assert code.values.dtype == jnp.dtype(kind) and np.abs(values).max() == most
-        axes, shape = tuple(range(-inner, 0)), values.shape
-        if kind == "int4":  # a scale for each group of the last axis
-            axes, shape = (-1,), (*shape[:-1], 3 if name == "ff_out" else 1, -1)
-        values, exact = values.reshape(shape), exact.reshape(shape)
+        assert quantize.shape_of(code, name) == weight.shape
+        axes = tuple(range(-inner, 0))
+        if kind == "int4":  # the axes of the input first, and a scale for each group of the last
+            groups, last, outer = 3 if name == "ff_out" else 1, weight.shape[-1], range(1, weight.ndim - inner)
+            exact = exact.reshape(*weight.shape[:-1], groups, last // groups)
+            exact, axes = np.moveaxis(exact, outer, range(-len(outer), 0)), (-1 - len(outer),)
         decoded, step = values * np.expand_dims(scale, axes), np.abs(exact).max(axes, keepdims=True) / most
         assert (np.abs(decoded - exact) <= step * (0.5 + most / 256)).all()  # a scale has 8 bits
-        decoded = decoded.reshape(weight.shape)
-        np.testing.assert_array_equal(quantize.decode(code, inner), decoded)
+        np.testing.assert_array_equal(quantize.decode(code, name), decoded)
+        if kind == "int4":
+            decoded = np.moveaxis(decoded, range(-len(outer), 0), outer).reshape(weight.shape)
         layer = jax.tree.map(lambda x: x[0], code)
         wanted = np.einsum(letters, x[letters.split(",")[0]], decoded[0])
         close(
