@@ -42,6 +42,7 @@ PRECISIONS = {
        for bits in FEW_BITS for dtype in ("float32", "bfloat16")},
 }  # fmt: skip
 _RANK, _ALPHA, _RATE = 16, 32.0, 5e-3  # of adapters; the rate of learning at its highest
+_COMPARED = 8  # couplets, or random pairs, on which a checkpoint is compared with itself in fewer bits
 _MIB = 2**20
 
 Pair = tuple[list[int], list[int]]  # token ids of a prompt and its answer
@@ -63,7 +64,7 @@ def claim(workdir: Path, config: RunConfig, checkpoints: Sequence[Path]) -> str:
 
     results, steps = workdir / "results.jsonl", {"steps": config.train.steps, "tuning": config.quickstart.sft_steps}
     tunings = [runs.once(results, {"way": way, **steps}, lambda way=way: tuned(way)) for way in WAYS]
-    questions = lambda: compare(place("all parameters"), pairs_of(tokenizer, taught))
+    questions = lambda: compare(place("all parameters"), pairs_of(tokenizer, taught[:_COMPARED]))
     compared = [runs.once(results, {"checkpoint": "the fine-tuned one", **steps}, questions)]
     for path in checkpoints:
         known = lambda path=path: compare(path, random_pairs(path))
@@ -114,7 +115,7 @@ def pairs_of(tokenizer, couplets: Sequence[reversal.Couplet]) -> list[Pair]:
     return [(encode(form.format(given)), tokenizer.encode(wanted)) for form, (given, wanted) in asked]
 
 
-def random_pairs(place: Path, count: int = 16, length: int = 16) -> list[Pair]:
+def random_pairs(place: Path, count: int = _COMPARED, length: int = 16) -> list[Pair]:
     """For a checkpoint without a tokenizer: tokens of which none is special."""
     c = hf.load(place).config
     special = {c.mask_token_id, c.bos_token_id, c.eos_token_id, c.pad_token_id, c.eot_token_id}
