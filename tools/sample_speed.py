@@ -120,7 +120,7 @@ def _torch() -> Callable[[Case], dict[str, Any]]:
 
 
 def measure(torch: bool, runs: int, child: Callable[[str], subprocess.Popen], wait_until_idle: Callable[[], object]):
-    """Prints the table: medians over `runs` of each case, the cases in turn."""
+    """Prints the table: medians over `runs` of each case, the cases in turn, and the least and largest ratio."""
     numbered = [(i, case) for i, case in enumerate(cases(torch=True)) if torch or case.program == "jax"]
     children = {name: child(name) for name in sorted({case.program for _, case in numbered})}
     found: dict[int, list[dict[str, Any]]] = {i: [] for i, _ in numbered}
@@ -144,8 +144,9 @@ def measure(torch: bool, runs: int, child: Callable[[str], subprocess.Popen], wa
             print(f"\n**{group}**\n")
             print("| | s | CPU s | full passes | window passes | tokens/s | times as fast |\n" + "|---" * 7 + "|")
         median = {name: statistics.median(run[name] for run in found[i]) for name in found[i][0]}
-        ratio = statistics.median(b["wall"] / own["wall"] for own, b in zip(found[i], base, strict=True))
+        ratios = [b["wall"] / own["wall"] for own, b in zip(found[i], base, strict=True)]
+        spread = f" ({min(ratios):.2f} to {max(ratios):.2f})" if runs > 1 else ""
         print(
             f"| {case.name} | {median['wall']:.2f} | {median['cpu']:.2f} | {median['full']} | {median['window']} "
-            f"| {case.tokens / median['wall']:.1f} | {ratio:.2f} |"
+            f"| {case.tokens / median['wall']:.1f} | {statistics.median(ratios):.2f}{spread} |"
         )

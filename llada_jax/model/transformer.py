@@ -16,7 +16,7 @@ from llada_jax.model.attention import Past, attention, window_attention
 from llada_jax.model.config import ModelConfig
 from llada_jax.model.masks import FULL, Mask
 from llada_jax.model.quantize import PRODUCTS, product
-from llada_jax.parallel.mesh import BATCH, HIDDEN, gather_fsdp, platform, reshard, spec
+from llada_jax.parallel.mesh import BATCH, HIDDEN, gather_fsdp, platform, reshard, spec, sum_gradients_first
 
 # What is saved of a layer for its backward pass besides its input, by config.model.remat; the rest is computed again.
 # Names: "input" of the layer, "qkv" after the rotation, "attention" with its log of sums, "attn_out" and "mlp" (both
@@ -92,14 +92,19 @@ class Block(nnx.Module):
     def mlp(self, x_BLD: jax.Array) -> jax.Array:
         """What the second half of the layer adds to the residual stream, [B, L, D]."""
         c, dtype, wide = self.config, self.config.dtype, spec(BATCH, "context", "tensor")
+        weights = {name: getattr(self, name) for name in ("ff_proj", "up_proj", "ff_out")}
+        if self.lora is None:  # all of them are trained
+            x_BLD, weights = sum_gradients_first(x_BLD, weights)
         h_BLD = rms_norm(x_BLD, gather_fsdp(self.ff_norm, x_BLD.dtype), c.rms_norm_eps).astype(dtype)
-        gate_BLF, up_BLF = (checkpoint_name(self.times(name, h_BLD, wide), "mlp") for name in ("ff_proj", "up_proj"))
-        return self.times("ff_out", jax.nn.silu(gate_BLF) * up_BLF, _hidden())
+        gate_BLF, up_BLF = (
+            checkpoint_name(self.times(name, h_BLD, wide, weights[name]), "mlp") for name in ("ff_proj", "up_proj")
+        )
+        return self.times("ff_out", jax.nn.silu(gate_BLF) * up_BLF, _hidden(), weights["ff_out"])
 
-    def times(self, name: str, x: jax.Array, out: P | None) -> jax.Array:
+    def times(self, name: str, x: jax.Array, out: P | None, weight=None) -> jax.Array:
         """The input of a weight times it, in the compute dtype, and what an adapter adds. out: sharding."""
         letters, dtype = PRODUCTS[name], self.config.dtype
-        y = product(x, getattr(self, name), letters, dtype, out)
+        y = product(x, getattr(self, name) if weight is None else weight, letters, dtype, out)
         if self.lora is None or name not in self.lora:
             return y
         return y + self.lora[name](x, letters, dtype, out)

@@ -57,7 +57,9 @@ class Board:
     """
 
     def __init__(self, workdir: Path, first_step: int):
-        with _no_torch():
+        # Where they are installed, tensorboardX imports them, for arrays and places that it is never given here: five
+        # seconds.
+        with _without("torch", "boto3", "google.cloud.storage"):
             from tensorboardX import summary
             from tensorboardX.event_file_writer import EventsWriter
             from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
@@ -92,17 +94,15 @@ class Board:
 
 
 @contextlib.contextmanager
-def _no_torch() -> Iterator[None]:
-    """While it is open, PyTorch is not found: where that is installed tensorboardX imports it, for a type of array that
-    it is never given here, and that takes three seconds."""
-    if "torch" in sys.modules:
-        yield
-        return
-    sys.modules["torch"] = None  # type: ignore[assignment]
+def _without(*modules: str) -> Iterator[None]:
+    """While it is open, those of them that are not loaded yet are not found."""
+    absent = [name for name in modules if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(absent))  # type: ignore[arg-type]
     try:
         yield
     finally:
-        del sys.modules["torch"]
+        for name in absent:
+            del sys.modules[name]
 
 
 def _move_aside(path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 from llada_jax.fields import InputError
 from llada_jax.model.config import PRESETS, REMAT
 from llada_jax.model.transformer import Transformer, parameter_count, rms_norm, rope
+from llada_jax.parallel import chips, mesh
 
 
 def test_published_parameter_counts():
@@ -69,6 +70,23 @@ def test_computing_in_bfloat16_stays_near_float32(tiny, residual):
     assert rough.dtype == jnp.bfloat16
     difference = np.abs(np.asarray(exact) - np.asarray(rough, np.float32)).mean()
     assert 0 < difference < 0.05 * np.abs(np.asarray(exact)).mean()
+
+
+def test_gradients_that_wait_for_the_sums_of_others_are_the_same(tiny, monkeypatch):
+    def gradients(options):
+        monkeypatch.setattr(mesh, "compiler_options_for", lambda _: options)
+        with jax.set_mesh(mesh.make_mesh(dict(fsdp=2, tensor=2, context=1, data=2))):
+            loss = jax.jit(jax.grad(lambda model, tokens: jnp.sum(model(tokens) ** 2)))
+            model, tokens = (
+                jax.jit(Transformer, static_argnums=0)(tiny, jax.random.key(0)),
+                jnp.arange(32).reshape(4, 8),
+            )
+            return str(loss.trace(model, tokens).jaxpr).count("optimization_barrier"), loss(model, tokens)
+
+    (without, plain), (barriers, waited) = gradients({}), gradients(chips.SUMS_BESIDE_PRODUCTS)
+    assert barriers > without
+    for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(waited), strict=True):
+        np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-4, atol=1e-6 * np.abs(a).max())
 
 
 def test_rope_is_relative(rng):

@@ -42,6 +42,7 @@ def measure(name: str) -> dict:
         "bytes_per_chip": found["bytes_per_chip"],
         "estimated_cycles": found["estimated_cycles"],
         "scattered_share": scattered_share(found),
+        "waited_share": waited_share(found),
         "collectives": dict(sorted(kinds.items())),
     }
 
@@ -54,6 +55,12 @@ def scattered_share(found: dict) -> float:
     summed = {kind: sum(c["bytes"] for c in found["transfers"] if c["kind"] == kind) for kind in
               ("reduce-scatter", "all-reduce")}  # fmt: skip
     return summed["reduce-scatter"] / sum(summed.values())
+
+
+def waited_share(found: dict) -> float:
+    """Of the time that sums over devices take, that in which nothing else is computed."""
+    taken = sum(c["seconds"] for c in found["transfers"] if c["kind"] == "all-reduce")
+    return found["parts"]["exposed_by_kind"]["all-reduce"] / taken
 
 
 def versions() -> dict[str, str]:
@@ -72,7 +79,8 @@ def test_the_compiled_step_is_the_recorded_one(name):
     assert found["fits"]
     if same:
         assert count(found) == count(recorded)
-    assert found["scattered_share"] == pytest.approx(recorded["scattered_share"], abs=TOLERANCE)
+    for field in ("scattered_share", "waited_share"):
+        assert found[field] == pytest.approx(recorded[field], abs=TOLERANCE), field
     assert size(found) == pytest.approx(size(recorded), rel=tolerance)
     for field in ("bytes_per_chip", "estimated_cycles"):
         assert found[field] == pytest.approx(recorded[field], rel=tolerance), field
