@@ -77,7 +77,7 @@ class Lora:
     dropout: float = number(0.0, 0, 1, "of their inputs in training", below=True)
     targets: tuple = sequence(_WEIGHTS, "weights that get one: those of the blocks by name, and wte, the embedding")
     rslora: bool = flag(False, "multiplied by alpha / √rank instead (arXiv 2312.03732)")
-    base: str = choice("bfloat16", ("float32", "bfloat16", "int8"), "how the frozen weights are held")
+    base: str = choice("bfloat16", ("float32", "bfloat16", "int8", "int4"), "how the frozen weights are held")
     fingerprint: str = text("", "of the model in config.train.init_from, the base; a run fills it in")
 
 

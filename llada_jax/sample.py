@@ -26,6 +26,7 @@ from llada_jax.data.tokenizer import Tokenizer, load_tokenizer
 from llada_jax.fields import InputError
 from llada_jax.interop import hf
 from llada_jax.interop.workdir import load_config
+from llada_jax.model.quantize import FEW_BITS
 from llada_jax.parallel import join, processes
 from llada_jax.parallel.mesh import inference_mesh
 from llada_jax.sampling import batches, options
@@ -44,7 +45,7 @@ _CHAT = flags.DEFINE_enum(
 _SEED = flags.DEFINE_integer("seed", 0, "Of the sampling noise.", lower_bound=0, upper_bound=2**32 - 1)
 _TENSOR = flags.DEFINE_integer("tensor", 0, "Devices that a copy of the model is split over; 0: as few as hold it.")
 _ADAPTER = flags.DEFINE_multi_string("adapter", [], "Directory of a PEFT adapter of the model; several add up.")
-_QUANTIZE = flags.DEFINE_enum("quantize", None, ["int8"], "Hold the weights of the blocks in 8 bits.")
+_QUANTIZE = flags.DEFINE_enum("quantize", None, list(FEW_BITS), "Hold the weights of the blocks in few bits.")
 _TRAJECTORY = flags.DEFINE_bool("trajectory", False, "Show the text after every pass.")
 options.define_flags()
 

@@ -27,6 +27,7 @@ from ml_collections import config_flags
 from llada_jax import cli
 from llada_jax.fields import InputError
 from llada_jax.model.config import PRESETS
+from llada_jax.model.quantize import FEW_BITS
 from llada_jax.parallel.chips import TPUS
 from llada_jax.tools.ahead import sampler
 from llada_jax.tools.ahead.calibration import calibrate
@@ -42,7 +43,7 @@ SEARCH = flags.DEFINE_bool("search", False, "Try meshes, remat and microbatches,
 CACHE = flags.DEFINE_string("cache", None, "A compilation cache to put the executable into.")
 CALIBRATE = flags.DEFINE_enum("calibrate", None, ["all", *TPUS], "Compiles runs that others timed, and compares.")
 SAMPLER = flags.DEFINE_enum("sampler", None, list(PRESETS), "A preset: compiles its sampler, not a training step.")
-WEIGHTS = flags.DEFINE_enum("weights", "bfloat16", ["bfloat16", "int8"], "Of --sampler: how it holds its blocks.")
+WEIGHTS = flags.DEFINE_enum("weights", "bfloat16", ["bfloat16", *FEW_BITS], "Of --sampler: how it holds its blocks.")
 ROWS = flags.DEFINE_integer("rows", 8, "Of --sampler: prompts at once on each copy of the model.", lower_bound=1)
 PROMPT_LENGTH = flags.DEFINE_integer("prompt_length", 512, "Of --sampler: tokens.", lower_bound=1)
 GEN_LENGTH = flags.DEFINE_integer("gen_length", 256, "Of --sampler: tokens that are generated.", lower_bound=32)

@@ -43,7 +43,7 @@ def quickstart(config: RunConfig, workdir: Path) -> dict:
     runs = {"llada": "llada/pretrain", "arm": "arm/pretrain", "llada_sft": "llada/sft", "arm_sft": "arm/sft"}
     for kind in KINDS:
         with clock.stage(f"{NAMES[kind]}: pre-training"):
-            train(_pretraining(config, kind, corpus, workdir), workdir / runs[kind], title=f"{kind} pre-training")
+            train(pretraining(config, kind, corpus, workdir), workdir / runs[kind], title=f"{kind} pre-training")
     models = {kind: load_model(workdir / runs[kind]) for kind in KINDS}
     tokenizer = load_tokenizer(workdir / "tokenizer.model")
     with clock.stage("reversal"):
@@ -53,7 +53,7 @@ def quickstart(config: RunConfig, workdir: Path) -> dict:
     write_questions(workdir / "questions.jsonl", taught)
     for kind in KINDS:
         with clock.stage(f"{NAMES[kind]}: fine-tuning"):
-            train(_fine_tuning(config, kind, workdir), workdir / runs[f"{kind}_sft"], title=f"{kind} fine-tuning")
+            train(fine_tuning(config, kind, workdir), workdir / runs[f"{kind}_sft"], title=f"{kind} fine-tuning")
     tuned = {kind: load_model(workdir / runs[f"{kind}_sft"]) for kind in KINDS}
     with clock.stage("questions"):
         questions, more = ask_all(tuned, tokenizer, taught, asked)
@@ -133,7 +133,7 @@ def write_questions(path: Path, couplets: Sequence[tuple[str, str]]) -> None:
                 file.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
 
 
-def _pretraining(config: RunConfig, kind: str, corpus: Path, workdir: Path) -> RunConfig:
+def pretraining(config: RunConfig, kind: str, corpus: Path, workdir: Path) -> RunConfig:
     run = _without_quickstart(config)
     if kind == "arm":  # the same rows in the same order
         run.data.path = str(workdir / "llada/pretrain/data")
@@ -143,7 +143,7 @@ def _pretraining(config: RunConfig, kind: str, corpus: Path, workdir: Path) -> R
     return run
 
 
-def _fine_tuning(config: RunConfig, kind: str, workdir: Path) -> RunConfig:
+def fine_tuning(config: RunConfig, kind: str, workdir: Path) -> RunConfig:
     run, q = _without_quickstart(config), config.quickstart
     run.train.init_from = str(workdir / kind / "pretrain")
     run.train.steps, run.train.batch_size = q.sft_steps, q.sft_batch_size

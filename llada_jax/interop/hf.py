@@ -53,13 +53,13 @@ def load(
     or "bfloat16", of parameters and of compute; None: parameters as stored, compute as the run did, or for a published
     checkpoint in bfloat16 if all of them are, else in float32. mesh: an explicit mesh over which the parameters are
     born sharded, each process reading its own part. adapter: a directory of a PEFT adapter, or several, whose effects
-    add up. quantize: "int8", the weights of the blocks in 8 bits; published files are quantised as they are read.
-    progress: called with the bytes of each piece of the published files that was read. Raises InputError for a file
-    that is broken, a tensor that is missing or too many, a shape that contradicts config.json, and every option of
+    add up. quantize: "int8" or "int4", the weights of the blocks in few bits; published files are quantised as they are
+    read. progress: called with the bytes of each piece of the published files that was read. Raises InputError for a
+    file that is broken, a tensor that is missing or too many, a shape that contradicts config.json, and every option of
     config.json that this model cannot compute.
     """
-    if quantize not in (None, "int8"):
-        raise InputError(f"quantize {quantize!r} is not None or 'int8'")
+    if quantize not in (None, *quantized.FEW_BITS):
+        raise InputError(f"quantize {quantize!r} is not None or one of {quantized.FEW_BITS}")
     model = _load(path, dtype, mesh, quantize, progress)
     for place in (adapter,) if isinstance(adapter, str | Path) else adapter:
         model = peft.load(model, mirror.copied(place), mesh, base=mirror.copied(path))
@@ -82,7 +82,7 @@ def _load(path: str | Path, dtype, mesh, quantize: str | None, progress: Progres
         if name.endswith(".scale"):
             scale, values = leaf, leaves[f"{weight}.values"]
             made |= zip(
-                (name, f"{weight}.values"), parameters.int8(scale, values, parts[weight], progress), strict=True
+                (name, f"{weight}.values"), parameters.coded(scale, values, parts[weight], progress), strict=True
             )
         elif name == weight:
             kind = dtype or jnp.result_type(*(files.DTYPES[part.dtype] for part in parts[name]))
@@ -200,7 +200,7 @@ def _plan(model: Transformer, max_shard_size: str | int) -> _Plan:
     if lora.adapters_of(model):
         raise InputError("the model has adapters; save_adapter writes them, lora.merge makes a plain model")
     if quantized.is_quantized(model):
-        raise InputError("the model is int8, which no published format expresses; load it without quantize")
+        raise InputError("the model is quantised, which no published format expresses; load it without quantize")
     config, leaves = model.config, dict(workdir.named_leaves(model))
     text = hf_config.write_config(config, _float_name(leaves["wte"].dtype))
     tensors = {t.name: t for t in tensor_names.tensors(config)}
@@ -280,7 +280,7 @@ def _load_workdir(directory: Path, dtype: str | None, mesh, quantize: str | None
     model = workdir.load_model(directory, mesh, dtype)
     if quantize:
         with under(mesh):
-            model = jax.jit(quantized.quantize)(model)
+            model = jax.jit(quantized.quantize, static_argnums=1)(model, quantize)
     return model if dtype is None else with_dtype(model, dtype)
 
 

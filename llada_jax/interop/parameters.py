@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from llada_jax.fields import InputError
@@ -13,7 +14,7 @@ from llada_jax.interop.safetensors_io import Stored, some
 from llada_jax.model import quantize
 from llada_jax.model.config import ModelConfig
 
-_INT8_BYTES = 2**19  # of a tensor that are quantised at a time, which takes ten times the memory
+_CODED_BYTES = 2**19  # of a tensor that are quantised at a time, which takes ten times the memory
 
 Progress = Callable[[int], object]  # called with the bytes that were read or written, such as tqdm.update
 
@@ -77,33 +78,46 @@ def parameter(leaf, dtype, parts: Sequence[Stored], stacked: bool, progress: Pro
     return jax.block_until_ready(jax.make_array_from_callback(leaf.shape, leaf.sharding, read, dtype=dtype))
 
 
-def int8(scale, values, parts: Sequence[Stored], progress: Progress) -> tuple[jax.Array, jax.Array]:
-    """A stacked weight in int8: (scale, values), sharded like the leaves given, quantised some rows at a time.
+def coded(scale, values, parts: Sequence[Stored], progress: Progress) -> tuple[jax.Array, jax.Array]:
+    """A stacked weight in few bits: (scale, values), sharded like the leaves given, quantised some rows at a time.
 
-    The scale of an output channel is that of its whole row, so every process reads whole rows.
+    A scale of int8 is that of an output channel, a whole row, so every process reads whole rows. In int4 the axes of a
+    row come before those of the rows.
     """
     cache: dict[tuple, np.ndarray] = {}
-    scales_LR = np.zeros((len(parts), parts[0].shape[0]), np.float32)  # layer, row of the published tensor
+    rows, columns = parts[0].shape  # of the published tensors
+    is_grouped = values.dtype == jnp.int4
+    groups = math.prod(scale.shape) // (len(parts) * rows)
+    encode = lambda x: quantize.encode_groups(x, columns // groups) if is_grouped else quantize.encode(x, 1)
+    scales = np.zeros((len(parts), rows, groups), np.float32)
+    turn = _first_of(values.shape[1:], columns) if is_grouped else 0  # axes of a row that come first
 
     def read(index: tuple[slice, ...] | None) -> np.ndarray:
         assert index is not None
         ranges = tuple(s.indices(n)[:2] for s, n in zip(index, values.shape, strict=True))
         if ranges not in cache:
-            out = cache[ranges] = _aligned([stop - start for start, stop in ranges], np.dtype(np.int8))
+            out = cache[ranges] = _aligned([stop - start for start, stop in ranges], values.dtype)
+            turned = lambda x: [*x[1 + turn :], *x[1 : 1 + turn]]
+            own, all_of_row = _published_index(turned(ranges), turned(values.shape), parts[0].shape), slice(0, columns)
             for target, layer in zip(out, range(*ranges[0]), strict=True):
-                rows, columns = _published_index(ranges[1:], values.shape[1:], parts[layer].shape)
-                target = target.reshape(rows.stop - rows.start, columns.stop - columns.start)
-                whole = slice(0, parts[layer].shape[1])
-                for some_rows, x in parts[layer].chunks([rows, whole], _INT8_BYTES):
-                    encoded, row_scales = quantize.encode(x, 1)
-                    scales_LR[layer, rows.start + some_rows.start : rows.start + some_rows.stop] = row_scales
-                    target[some_rows] = encoded[:, columns]
+                sizes = [s.stop - s.start for s in own]
+                target = target.reshape(sizes[::-1]).T if is_grouped else target.reshape(sizes)
+                for some, x in parts[layer].chunks([own[0], all_of_row], _CODED_BYTES):
+                    encoded, row_scales = encode(x)
+                    place = slice(own[0].start + some.start, own[0].start + some.stop)
+                    scales[layer, place] = row_scales.reshape(-1, groups)
+                    target[some] = encoded.reshape(-1, columns)[:, own[1]]
                     progress(x.nbytes)
         return cache[ranges]
 
-    made = jax.block_until_ready(jax.make_array_from_callback(values.shape, values.sharding, read, dtype=np.int8))
-    scales = scales_LR.reshape(scale.shape)
-    return jax.make_array_from_callback(scale.shape, scale.sharding, lambda index: scales[index]), made
+    made = jax.block_until_ready(jax.make_array_from_callback(values.shape, values.sharding, read, dtype=values.dtype))
+    held = (scales.swapaxes(1, 2) if is_grouped else scales).reshape(scale.shape)
+    return jax.make_array_from_callback(scale.shape, scale.sharding, lambda index: held[index]), made
+
+
+def _first_of(shape: Sequence[int], size: int) -> int:
+    """How many of the first axes have so many entries together."""
+    return next(n for n in range(1, len(shape) + 1) if math.prod(shape[:n]) == size)
 
 
 def _published_index(ranges: Sequence[tuple[int, int]], shape: Sequence[int], published: Sequence[int]) -> list[slice]:

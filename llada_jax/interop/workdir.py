@@ -218,11 +218,13 @@ def frugal(arrays: Iterable[Any], *, ocdbt: bool = True) -> Any:
 
 
 def abstract_model(config: ModelConfig, mesh, quantize: str | None = None) -> Transformer:
-    """The shapes, dtypes and shardings of a model's parameters, "int8" or as ever; no parameter is made.
+    """The shapes, dtypes and shardings of a model's parameters, quantised or as ever; no parameter is made.
 
     The shardings are concrete: eval_shape alone gives those of an abstract mesh, which Orbax rejects.
     """
-    make: Any = lambda key: (quantized.quantize if quantize else lambda x: x)(Transformer(config, key))
+    make: Any = lambda key: (
+        quantized.quantize(Transformer(config, key), quantize) if quantize else Transformer(config, key)
+    )
     if mesh is None:
         return concrete(jax.eval_shape(make, jax.random.key(0)), None)
     require_mesh(mesh)

@@ -12,7 +12,7 @@ from flax import nnx
 
 from llada_jax.config import Lora
 from llada_jax.fields import InputError
-from llada_jax.model.quantize import PRODUCTS, Int8, inner_axes, quantize
+from llada_jax.model.quantize import FEW_BITS, PRODUCTS, Coded, decode, halves, inner_axes, quantize, shape_of
 from llada_jax.parallel.mesh import BATCH, HIDDEN, gather_fsdp, reshard, spec
 
 TARGETS = (*PRODUCTS, "wte")
@@ -33,7 +33,7 @@ class Adapter(nnx.Module):
 
     def __call__(self, x: jax.Array, letters: str, dtype, out) -> jax.Array:
         """What the adapter adds to einsum(letters, x, weight), in `dtype`."""
-        inner, outer = _split(letters)
+        inner, outer = halves(letters)
         x_letters, y_letters = letters.split(",")[0], letters.split("->")[1]
         if self.key is not None:
             x = _dropped(x, self.key, self.rate)
@@ -76,9 +76,9 @@ def attach(model, c: Lora, key: jax.Array):
 
 
 def frozen_base(model, base: str):
-    """The model as config.lora.base holds it: "float32", "bfloat16", or "int8" with the rest in bfloat16."""
+    """The model as config.lora.base holds it: "float32", "bfloat16", or one of FEW_BITS with the rest in bfloat16."""
     model = jax.tree.map(lambda x: x.astype("float32" if base == "float32" else "bfloat16"), model)
-    return quantize(model) if base == "int8" else model
+    return quantize(model, base) if base in FEW_BITS else model
 
 
 def with_adapters(model, adapters: dict[str, Adapter]):
@@ -134,8 +134,8 @@ def merge(model):
     blocks.lora, most = nnx.data(None), 0.0
     for name, adapter in adapters_of(model).items():
         weight = model.wte if name == "wte" else getattr(blocks, name)
-        if isinstance(weight, Int8):
-            raise InputError("the base is int8; merge into the one that it was made of: load without quantize")
+        if isinstance(weight, Coded):
+            raise InputError("the base is quantised; merge into the one that it was made of: load without quantize")
         if name == "wte" and model.ff_out is None:
             raise InputError("the embedding is also the head, which its adapter does not change; it cannot be merged")
         fused, change = jax.jit(_fused_embedding if name == "wte" else _fused)(weight[...], adapter)
@@ -163,6 +163,30 @@ def _fused_embedding(weight, adapter: Adapter):
     return (weight.astype(jnp.float32) + delta_VD).astype(weight.dtype), change
 
 
+def relative_size(model) -> tuple[jax.Array, jax.Array]:
+    """(mean, largest) over weights and layers of |scale·B·A| / |W|, Frobenius norms: what adapters have changed so far.
+
+    By |B·A|² = tr(A·Aᵀ · Bᵀ·B), so that no product is formed; of the weights a layer at a time is decoded.
+    """
+    found = []
+    for name, adapter in adapters_of(model).items():
+        if name == "wte":
+            found.append(_ratio(name, model.wte, adapter.A[...], adapter.B[...] * adapter.scale[...])[None])
+            continue
+        layer = lambda parts, name=name: _ratio(name, parts[0], parts[1], parts[2] * parts[3])
+        parts = getattr(model.blocks, name), adapter.A[...], adapter.B[...], adapter.scale[...]
+        found.append(jax.lax.map(layer, parts))
+    ratios = jnp.concatenate(found)
+    return jnp.mean(ratios), jnp.max(ratios)
+
+
+def _ratio(name: str, weight, A, B):
+    (inner, outer), whole = ("V", "D") if name == "wte" else halves(PRODUCTS[name]), spec(None, None)
+    A_RS = jnp.einsum(f"R{inner},S{inner}->RS", A, A, out_sharding=whole)
+    B_RS = jnp.einsum(f"{outer}R,{outer}S->RS", B, B, out_sharding=whole)
+    return jnp.sqrt(jnp.sum(A_RS * B_RS) / jnp.sum(decode(weight, name) ** 2))
+
+
 def require_targets(targets) -> None:
     """Raises InputError for a name that is no target, or one that occurs twice."""
     unknown = [name for name in targets if name not in TARGETS]
@@ -175,8 +199,7 @@ def shapes(model, name: str, rank: int) -> tuple[tuple[int, ...], tuple[int, ...
     if name == "wte":
         V, D = model.wte.shape
         return (rank, V), (D, rank)
-    weight = getattr(model.blocks, name)
-    layers, *shape = (weight.values if isinstance(weight, Int8) else weight).shape
+    layers, *shape = shape_of(getattr(model.blocks, name), name)
     inner = inner_axes(name)
     return (layers, rank, *shape[-inner:]), (layers, *shape[:-inner], rank)
 
@@ -185,14 +208,8 @@ def sharding(name: str):
     """How A and B lie on the mesh, as specs: as the axes of the weight do; None without a mesh."""
     if name == "wte":
         return spec(None, None), spec("fsdp", None)
-    inner, outer = _split(PRODUCTS[name])
+    inner, outer = halves(PRODUCTS[name])
     return spec(None, None, *map(_AXES.get, inner)), spec(None, *map(_AXES.get, outer), None)
-
-
-def _split(letters: str) -> tuple[str, str]:
-    """The letters of a weight that its product contracts, and the others."""
-    inputs, weight = letters.split("->")[0].split(",")
-    return "".join(l for l in weight if l in inputs), "".join(l for l in weight if l not in inputs)
 
 
 def _dropped(x: jax.Array, key: jax.Array, rate: float) -> jax.Array:

@@ -54,7 +54,7 @@ def prepare(model: Transformer | Weights, gather: bool = True) -> Weights:
 
 def _prepared(model: Transformer, gather: bool, unstack: bool) -> Weights:
     def matrix(x):
-        dtype = x.dtype if x.dtype == jnp.int8 else model.config.dtype
+        dtype = x.dtype if x.dtype in (jnp.int8, jnp.int4) else model.config.dtype
         return gather_fsdp(x, dtype) if gather else x[...].astype(dtype)
 
     def of_block(path, x):

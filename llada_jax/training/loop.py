@@ -20,6 +20,7 @@ from llada_jax import cli
 from llada_jax.config import RunConfig
 from llada_jax.data import pipeline
 from llada_jax.evaluation import reversal
+from llada_jax.model import lora
 from llada_jax.objectives import OBJECTIVES
 from llada_jax.objectives.elbo import Batch
 from llada_jax.parallel.mesh import global_batch, of_hosts, rows_of_process
@@ -75,6 +76,9 @@ class Loop:
             if jax.process_count() > 1 and step % fields.log_every == 0:
                 metrics["host_seconds"] = of_hosts(own_seconds / own_steps, metrics["loss"].sharding.mesh)
                 own_seconds, own_steps = 0.0, 0
+            logged = step % fields.log_every == 0 or step == fields.steps
+            if self.config.lora.rank and (logged or step == first + 1):  # at the first step it is compiled
+                metrics["adapter_mean"], metrics["adapter_max"] = _adapter_size(state.model)
             self._pending.append((step, metrics, waited))
             request = self.asked.poll()
             evaluate = self.evaluate if self._due(step, fields.eval_every) else None
@@ -147,6 +151,9 @@ class Loop:
 
     def _due(self, step: int, every: int) -> bool:
         return every > 0 and (step % every == 0 or step == self.config.train.steps)
+
+
+_adapter_size = jax.jit(lora.relative_size)
 
 
 def evaluator(

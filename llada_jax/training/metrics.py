@@ -128,11 +128,13 @@ class Reporter:
 
     def _optimizer(self, step: int, m: dict[str, np.ndarray]) -> dict[str, float]:
         made = step - 1 - int(m["skipped"])  # updates before this one
-        return {
+        scalars = {
             "3_optimizer/grad_norm": float(m["grad_norm"]),
             "3_optimizer/learning_rate": float(self._schedule(made) * m["rate"]),
             "3_optimizer/skipped_updates": float(m["skipped"]),
         }
+        sizes = {name: float(m[name]) for name in ("adapter_mean", "adapter_max") if name in m}
+        return scalars | {f"3_optimizer/{name}_over_weight": size for name, size in sizes.items()}
 
     def _speed(self, m: dict[str, np.ndarray]) -> dict[str, float]:
         seconds = max(time.perf_counter() - self._since, 1e-9)

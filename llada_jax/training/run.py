@@ -25,6 +25,7 @@ from llada_jax.fields import InputError, RunFailed
 from llada_jax.interop import hf, peft
 from llada_jax.model.attention import kernel_for
 from llada_jax.model.config import ModelConfig
+from llada_jax.model.quantize import FEW_BITS
 from llada_jax.model.transformer import parameter_count, with_config
 from llada_jax.objectives import OBJECTIVES
 from llada_jax.objectives.elbo import Batch, Objective
@@ -264,7 +265,7 @@ def _start(config: RunConfig, model: ModelConfig, optax_optimizer, saver, mesh, 
 def _start_adapters(config: RunConfig, model: ModelConfig, optax_optimizer, saver, mesh, clock):
     """`_start` where adapters are trained: checkpoints hold them alone, and the base is loaded every time."""
     c = Lora(**config.lora)
-    quantize = "int8" if c.base == "int8" else None
+    quantize = c.base if c.base in FEW_BITS else None
     dtype = "float32" if c.base == "float32" else "bfloat16"
     base = with_config(hf.load(config.train.init_from, dtype, mesh, quantize=quantize), model)
     state = adapted_state(base, c, optax_optimizer, stream(config.train.seed, "init"))

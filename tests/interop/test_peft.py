@@ -191,17 +191,19 @@ def test_models_that_a_format_cannot_express_are_refused(tmp_path):
         llada_jax.save_adapter(hf.load(BASE), tmp_path / "made")
     with pytest.raises(InputError, match="save_adapter"):
         llada_jax.save_hf(load(ADAPTERS / "adapter_0"), tmp_path / "made")
-    with pytest.raises(InputError, match="int8"):
+    with pytest.raises(InputError, match="quantised"):
         llada_jax.save_hf(hf.load(BASE, quantize="int8"), tmp_path / "made")
     with pytest.raises(InputError, match="quantize 'int3'"):
         hf.load(BASE, quantize="int3")
     assert not (tmp_path / "made").exists()
 
 
-@pytest.mark.parametrize("name", ["ckpt_a_mha_bf16", "ckpt_b_gqa_tied"])
-def test_int8_is_quantised_in_the_stream_as_in_memory(name):
-    wanted = jax.jit(quantize.quantize)(hf.load(REFERENCE / name))
-    found = hf.load(REFERENCE / name, quantize="int8")
+@pytest.mark.parametrize(
+    "name, kind", [("ckpt_a_mha_bf16", "int8"), ("ckpt_b_gqa_tied", "int8"), ("ckpt_b_gqa_tied", "int4")]
+)
+def test_weights_are_quantised_in_the_stream_as_in_memory(name, kind):
+    wanted = jax.jit(quantize.quantize, static_argnums=1)(hf.load(REFERENCE / name), kind)
+    found = hf.load(REFERENCE / name, quantize=kind)
     for (leaf, x), (_, y) in zip(named_leaves(found), named_leaves(wanted), strict=True):
         steps = np.abs(np.asarray(x, np.float32) - np.asarray(y, np.float32))
         most = 1 if leaf.endswith(".values") else 0  # a quotient may be rounded otherwise at a half
@@ -209,28 +211,39 @@ def test_int8_is_quantised_in_the_stream_as_in_memory(name):
 
 
 def test_quantising_in_the_stream_holds_the_quantised_model_and_less_than_a_tensor_more(tmp_path):
+    """NumPy holds int4 in bytes, so that there one parameter is held so beside the others, which JAX packs."""
     c = ModelConfig(
         d_model=512, n_layers=4, n_heads=8, n_kv_heads=8, mlp_hidden_size=8192, vocab_size=64, embedding_size=64,
         mask_token_id=3, bos_token_id=1, eos_token_id=2, pad_token_id=2, eot_token_id=6,
     )  # fmt: skip
     like = jax.eval_shape(lambda key: Transformer(c, key), jax.random.key(0))
     hf.save_hf(jax.tree.map(lambda x: jnp.full(x.shape, 0.5, jnp.bfloat16), like), tmp_path / "made")
-    tracemalloc.start()
-    try:
-        model = hf.load(tmp_path / "made", quantize="int8")
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
+
+    def loaded(kind):
+        tracemalloc.start()
+        try:
+            model = hf.load(tmp_path / "made", quantize=kind)
+            return model, tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    model, peak = loaded("int8")
     own = sum(x.nbytes for x in jax.tree.leaves(model))
     assert own < peak + 2**20 and peak < own + 2 * 512 * 8192
+    _, peak = loaded("int4")
+    assert 4 * 512 * 8192 < peak < 0.5 * own + 2 * 512 * 8192
 
 
-def test_an_int8_base_keeps_the_elbo_and_most_greedy_tokens(rng):
-    """Of a trained checkpoint: the bound moves by no more than bfloat16 moves it, with room for the draw."""
+def test_a_base_in_few_bits_keeps_the_elbo_and_most_greedy_tokens(rng):
+    """Of a trained checkpoint: int8 moves the bound by no more than bfloat16 does, with room for the draw."""
     place = REFERENCE / "ckpt_e_train"
-    model, narrow, coded = hf.load(place), hf.load(place, "bfloat16"), hf.load(place, quantize="int8")
+    model, narrow = hf.load(place), hf.load(place, "bfloat16")
+    coded, short = (hf.load(place, quantize=kind) for kind in ("int8", "int4"))
     prompt, answer = rng.integers(7, 100, 5), rng.integers(7, 100, 8)
-    wanted, rounded, found = (llada_jax.log_likelihood(m, prompt, answer, mc_num=64) for m in (model, narrow, coded))
+    wanted, rounded, found, coarse = (
+        llada_jax.log_likelihood(m, prompt, answer, mc_num=64) for m in (model, narrow, coded, short)
+    )
+    assert abs(found - wanted) < abs(coarse - wanted) < 0.2 * abs(wanted)
     assert 0 < abs(found - wanted) < 3 * abs(rounded - wanted) + 0.005 * abs(wanted)
     tokens = [np.asarray(llada_jax.generate(m, prompt[None], gen_length=8, steps=8)) for m in (model, coded)]
     assert np.mean(tokens[0] == tokens[1]) > 0.7

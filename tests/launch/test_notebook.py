@@ -1,5 +1,6 @@
 """The notebook, every cell, at a size that a CPU does in a minute."""
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -8,6 +9,14 @@ import pytest
 from nbclient import NotebookClient
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_a_repository_that_was_not_filled_in_is_asked_for(monkeypatch):
+    cells = nbformat.read(ROOT / "launch" / "colab_tpu.ipynb", as_version=4).cells
+    install = next(cell.source for cell in cells if "REPOSITORY = " in cell.source)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)  # as on a new runtime
+    with pytest.raises(SystemExit, match="REPOSITORY"):
+        exec(install, {})
 
 
 @pytest.mark.slow

@@ -59,8 +59,9 @@ def test_logits_before_with_and_after_merging_are_those_of_peft(case):
     assert not lora.adapters_of(merged) and lora.adapters_of(model)
 
 
-@pytest.mark.parametrize("quantized", [None, "int8"])
-def test_a_model_with_adapters_computes_the_same_on_a_mesh(mesh, quantized):
+@pytest.mark.parametrize("quantized", [None, "int8", "int4"])
+def test_a_model_with_adapters_computes_the_same_on_a_mesh(mesh, quantized, monkeypatch):
+    monkeypatch.setattr(quantize, "_GROUP", 16)  # so that the groups of so small a model can be split
     place = [REFERENCE / "lora" / "adapter_1", REFERENCE / "lora" / "adapter_0"]
     ids = np.tile(VECTORS["adapter_1_ids"], (2, 1)).astype(np.int32)
     wanted = hf.load(REFERENCE / "ckpt_a_mha", adapter=place, quantize=quantized)
@@ -68,6 +69,24 @@ def test_a_model_with_adapters_computes_the_same_on_a_mesh(mesh, quantized):
     with jax.set_mesh(mesh):
         logits = jax.jit(lambda model, ids: model(ids))(found, jax.device_put(ids, jax.NamedSharding(mesh, jax.P())))
     close(logits, np.asarray(wanted(ids)))
+
+
+def test_a_mesh_that_would_split_groups_of_int4_is_refused(mesh):
+    with pytest.raises(InputError, match="q_proj has 1 .* of 64 inputs, which mesh.fsdp=2 would split"):
+        hf.load(REFERENCE / "ckpt_a_mha", mesh=mesh, quantize="int4")
+
+
+def test_merging_on_a_mesh_gives_the_same_weights_where_they_lay(mesh):
+    """To the rounding of one sum: a product of other shapes adds its ranks in another order."""
+    place = REFERENCE / "lora" / "adapter_1"
+    wanted, most = lora.merge(hf.load(REFERENCE / "ckpt_a_mha", adapter=place))
+    on_mesh = hf.load(REFERENCE / "ckpt_a_mha", mesh=mesh, adapter=place)
+    with jax.set_mesh(mesh):
+        found, moved = lora.merge(on_mesh)
+    assert moved == pytest.approx(most, rel=1e-6)
+    assert found.blocks.ff_out.sharding == on_mesh.blocks.ff_out.sharding
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        close(x, np.asarray(y), 2e-7)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -117,6 +136,23 @@ def test_adapters_of_every_weight_are_what_plain_float64_makes_of_the_merged_wei
     close(lora.merge(model)[0](ids), wanted, 1e-4)
 
 
+def test_the_size_of_adapters_is_that_of_their_products_beside_the_weights(mesh):
+    some = dataclasses.replace(ALL, targets=("q_proj", "attn_out", "ff_out", "wte"))
+    fresh_on = jax.jit(lambda base: lora.attach(base, some, jax.random.key(1)))
+    model, ratios = randomized(fresh_on(hf.load(REFERENCE / "ckpt_a_mha", quantize="int8"))), []
+    for name, adapter in lora.adapters_of(model).items():
+        weight = quantize.decode(model.wte if name == "wte" else getattr(model.blocks, name), name)
+        parts = [np.asarray(x, np.float64) for x in (adapter.A, adapter.B, adapter.scale, weight)]
+        for A, B, scale, W in [parts] if name == "wte" else zip(*parts, strict=True):
+            ratios.append(np.linalg.norm(np.tensordot(B * scale, A, 1)) / np.linalg.norm(W))
+    wanted = np.mean(ratios), np.max(ratios)
+    np.testing.assert_allclose(jax.jit(lora.relative_size)(model), wanted, rtol=1e-5)
+    with jax.set_mesh(mesh):
+        fresh = fresh_on(hf.load(REFERENCE / "ckpt_a_mha", mesh=mesh, quantize="int8"))
+        on_mesh = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), model, fresh)
+        np.testing.assert_allclose(jax.jit(lora.relative_size)(on_mesh), wanted, rtol=1e-5)
+
+
 def test_the_effects_of_several_adapters_add_up(tiny):
     base = Transformer(tiny, jax.random.key(0))
     some = Lora(rank=2, alpha=1.0, targets=("q_proj", "wte"))
@@ -148,17 +184,28 @@ def test_dropout_keeps_the_mean_and_its_bits_on_a_mesh(tiny, mesh):
     )
 
 
-def test_int8_weights_are_within_half_a_step_and_multiply_as_such(tiny, rng):
+@pytest.mark.parametrize("kind, most", [("int8", 127), ("int4", 7)])
+def test_weights_in_few_bits_are_within_half_a_step_and_multiply_as_such(tiny, rng, kind, most):
+    """In float64. An F of 48 makes three groups of int4, of 16 each."""
     model = Transformer(dataclasses.replace(tiny, n_kv_heads=2), jax.random.key(0))
-    coded = jax.jit(quantize.quantize)(model)
+    coded = jax.jit(quantize.quantize, static_argnums=1)(model, kind)
     x = {"BLD": rng.normal(size=(2, 3, 32)), "BNLH": rng.normal(size=(2, 4, 3, 8)), "BLF": rng.normal(size=(2, 3, 48))}
     for name, letters in quantize.PRODUCTS.items():
         inner = quantize.inner_axes(name)
         weight, code = getattr(model.blocks, name), getattr(coded.blocks, name)
-        assert code.values.dtype == jnp.int8 and int(jnp.abs(code.values[...]).max()) == 127
-        decoded = np.asarray(code.values[...], np.float64) * np.expand_dims(code.scale[...], tuple(range(-inner, 0)))
-        step = np.expand_dims(np.abs(weight[...]).max(tuple(range(-inner, 0))) / 127, tuple(range(-inner, 0)))
-        assert (np.abs(decoded - weight[...]) <= step * (0.5 + 127 / 256)).all()  # a scale has 8 bits
+        values, scale, exact = (np.asarray(x, np.float64) for x in (code.values, code.scale, weight))
+        assert code.values.dtype == jnp.dtype(kind) and np.abs(values).max() == most
+        assert quantize.shape_of(code, name) == weight.shape
+        axes = tuple(range(-inner, 0))
+        if kind == "int4":  # the axes of the input first, and a scale for each group of the last
+            groups, last, outer = 3 if name == "ff_out" else 1, weight.shape[-1], range(1, weight.ndim - inner)
+            exact = exact.reshape(*weight.shape[:-1], groups, last // groups)
+            exact, axes = np.moveaxis(exact, outer, range(-len(outer), 0)), (-1 - len(outer),)
+        decoded, step = values * np.expand_dims(scale, axes), np.abs(exact).max(axes, keepdims=True) / most
+        assert (np.abs(decoded - exact) <= step * (0.5 + most / 256)).all()  # a scale has 8 bits
+        np.testing.assert_array_equal(quantize.decode(code, name), decoded)
+        if kind == "int4":
+            decoded = np.moveaxis(decoded, range(-len(outer), 0), outer).reshape(weight.shape)
         layer = jax.tree.map(lambda x: x[0], code)
         wanted = np.einsum(letters, x[letters.split(",")[0]], decoded[0])
         close(
@@ -180,5 +227,5 @@ def test_what_cannot_be_merged_is_refused(tiny):
     model = Transformer(dataclasses.replace(tiny, weight_tying=True), jax.random.key(0))
     with pytest.raises(InputError, match="also the head"):
         lora.merge(lora.attach(model, ALL, jax.random.key(1)))
-    with pytest.raises(InputError, match="int8"):
+    with pytest.raises(InputError, match="quantised"):
         lora.merge(lora.attach(quantize.quantize(model), Lora(rank=1), jax.random.key(1)))

@@ -8,11 +8,12 @@ import random
 import jax
 import numpy as np
 import pytest
+from reference import REFERENCE
 
 from llada_jax.evaluation.draws import bits
 from llada_jax.fields import InputError
 from llada_jax.model.transformer import Transformer
-from llada_jax.tools.claims import bound, chat, context, reversal, runs
+from llada_jax.tools.claims import bound, chat, context, lora, reversal, runs
 
 
 def test_a_finished_cell_is_not_made_again_and_another_setting_is(tmp_path):
@@ -97,6 +98,36 @@ def test_what_is_asked_after_fine_tuning_was_not_taught():
     names = {talk[0]["content"] for talk in taught if len(talk) > 2}
     assert names and not names & {talk[0]["content"] for talk in asked["name after a turn"]}
     assert chat.instruction("reverse", ["a", "b", "c"])[1]["content"] == "It is c b a"
+
+
+def test_every_way_to_tune_trains_on_the_same_rows_from_the_same_base(tmp_path):
+    (tmp_path / "tokenizer.model").touch()
+    every, *adapters = (lora.tuning(lora.small(), base, tmp_path) for base in lora.WAYS.values())
+    assert every.lora.rank == 0 and [run.lora.base for run in adapters] == ["bfloat16", "int8", "int4"]
+    for run in adapters:
+        assert run.lora.rank and run.optimizer.schedule != every.optimizer.schedule
+        run.lora, run.optimizer = every.lora, every.optimizer
+        assert run.to_dict() == every.to_dict()
+
+
+@pytest.mark.slow
+def test_tuning_by_lora_and_weights_in_few_bits_make_two_tables(tmp_path, monkeypatch):
+    monkeypatch.setattr(lora, "WAYS", {"all parameters": None, "LoRA on int4": "int4"})
+    monkeypatch.setattr(lora, "PRECISIONS", {bits: {"dtype": "float32", "quantize": bits} for bits in ("int8", "int4")})
+    config = lora.small()
+    config.mesh.update(dict(data=8, fsdp=1))
+    config.model.update(dict(d_model=32, mlp_hidden_size=48))
+    config.train.steps = config.quickstart.sft_steps = 2
+    config.quickstart.couplets = config.quickstart.sft_batch_size = config.train.batch_size = 8
+    said = lora.claim(tmp_path, config, [REFERENCE / "ckpt_e_train"])
+    lines = runs.finished(tmp_path / "results.jsonl")
+    every, adapters, *compared = lines
+    assert (every["way"], adapters["way"]) == tuple(lora.WAYS)
+    assert every["state_mib"] > adapters["state_mib"] and adapters["frozen_mib"] > every["frozen_mib"] == 0
+    for line in compared:
+        assert 0 < line["int8"]["nats"] < line["int4"]["nats"] and 0 <= line["int4"]["same"] <= 1
+    assert lora.claim(tmp_path, config, [REFERENCE / "ckpt_e_train"]) == said
+    assert said in (tmp_path / "lora.md").read_text() and runs.finished(tmp_path / "results.jsonl") == lines
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,15 @@ def test_a_run_changes_its_adapters_alone_and_comes_back_with_them(adapted, trai
     assert np.asarray(model.blocks.lora["q_proj"].B[...]).any() and np.asarray(model.lora.A[...]).any()
 
 
+def test_a_run_logs_how_large_its_adapters_are_beside_the_weights(adapted):
+    workdir, base = adapted
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    model = hf.load(workdir, quantize="int8" if base == "int8" else None)
+    last = [lines[-1][f"3_optimizer/adapter_{name}_over_weight"] for name in ("mean", "max")]
+    np.testing.assert_allclose(last, jax.jit(lora.relative_size)(model), rtol=1e-3)
+    assert 0 < last[0] < last[1]
+
+
 def test_checkpoints_hold_adapters_alone_and_name_their_base(adapted, trained):
     workdir, _ = adapted
     size = lambda place: sum(path.stat().st_size for path in place.rglob("*") if path.is_file())

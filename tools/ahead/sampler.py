@@ -43,7 +43,7 @@ class Job:
 def compile_sampler(preset: str, topology: Slice, job: Job, weights_as: str = "bfloat16") -> dict[str, Any]:
     """All that is known of it, in plain types. The weights are split over `tensor` as far as heads allow.
 
-    weights_as: "bfloat16", or "int8" for those of the blocks.
+    weights_as: "bfloat16", or one of quantize.FEW_BITS for those of the blocks.
     """
     model = dataclasses.replace(PRESETS[preset], dtype="bfloat16", remat="none")
     devices = absent_devices(topology)

@@ -173,9 +173,9 @@ def define_flags() -> None:
     flags.DEFINE_integer("seeds", 3, "How many runs of each kind.", lower_bound=1)
 
 
-def opened(workdir: str) -> Path:
+def opened(workdir: str, pictures: bool = True) -> Path:
     """The workdir, in which compiled programs are kept. Raises InputError where the pictures could not be drawn."""
-    if importlib.util.find_spec("matplotlib") is None:
+    if pictures and importlib.util.find_spec("matplotlib") is None:
         raise InputError("the pictures need matplotlib: pip install 'llada_jax[claims]'")
     path = Path(workdir)
     path.mkdir(parents=True, exist_ok=True)
