@@ -36,10 +36,11 @@ class Preempted(Exception):
         self.step, self.number = step, number
 
 
-def run(main: Callable[[list[str]], None], *, commands: Sequence[str] = ()) -> None:
+def run(main: Callable[[list[str]], None], *, commands: Sequence[str] = (), words: bool = False) -> None:
     """`app.run(main)`, ending as the head of this file says.
 
-    commands: words of which the command line must have one, argv[1], before or among the flags.
+    commands: words of which the command line must have one, argv[1], before or among the flags. words: whether it may
+    have any others.
     """
 
     def guarded(argv: list[str]) -> None:
@@ -47,7 +48,7 @@ def run(main: Callable[[list[str]], None], *, commands: Sequence[str] = ()) -> N
         sys.unraisablehook = _unraisable
         if commands and (len(argv) < 2 or argv[1] not in commands):
             fail(f"say what to do: {os.path.basename(argv[0])} {'|'.join(commands)} [--flags]")
-        if unexpected := argv[1 + bool(commands) :]:
+        if not words and (unexpected := argv[1 + bool(commands) :]):
             fail(f"unexpected argument {unexpected[0]!r}; flags are written --name=value")
         try:
             main(argv)

@@ -1,7 +1,7 @@
 """Makes report.html, one page without external parts: of a quickstart, of any run, or of several side by side.
 
-python tools/report.py --workdir=DIR
-python tools/report.py --workdir=runs/a,runs/b --prompt='床前明月光，' --output=compared.html
+python tools/report.py DIR
+python tools/report.py runs/a runs/b --prompt='床前明月光，' --output=compared.html
 
 The page reads without JavaScript; only the replay of the denoising needs it. What was not measured is left out of it.
 With --prompt every model continues that text, and the page shows how. The markup is in report.html.j2.
@@ -306,8 +306,10 @@ def _beside(name: str) -> str:
     return Path(__file__).with_name(name).read_text(encoding="utf-8")
 
 
-def main(_argv: list[str]) -> None:
-    workdirs = flags.FLAGS.workdir
+def main(argv: list[str]) -> None:
+    workdirs = [*(flags.FLAGS.workdir or ()), *argv[1:]]
+    if not workdirs:
+        raise InputError("say which runs: report.py WORKDIR [WORKDIR …]")
     if len(workdirs) == 1 and (Path(workdirs[0]) / "report.json").exists() and not flags.FLAGS.prompt:
         print(render(workdirs[0]))
     else:
@@ -315,7 +317,7 @@ def main(_argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_list("workdir", None, "Directory of a quickstart or of a run, or of several runs.", required=True)
+    flags.DEFINE_list("workdir", None, "The directories, with commas between them, instead of as words.")
     flags.DEFINE_string("output", None, "The page of runs; by default report.html in the workdir of the first one.")
     flags.DEFINE_string("prompt", "", "A text that each run's model continues; the page shows how it denoises.")
-    cli.run(main)
+    cli.run(main, words=True)

@@ -230,9 +230,10 @@ def test_ticks_are_round_and_few():
 
 def test_command_line(tmp_path):
     command = [sys.executable, ROOT / "tools" / "report.py"]
-    done = subprocess.run([*command, f"--workdir={tmp_path}"], capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: no ") and done.stderr.count("\n") == 1
+    for words, message in (((), "error: say which runs"), ((tmp_path,), "error: no ")):
+        done = subprocess.run([*command, *words], capture_output=True, text=True)
+        assert done.returncode == 2
+        assert done.stderr.startswith(message) and done.stderr.count("\n") == 1
     workdir(tmp_path)
     done = subprocess.run([*command, f"--workdir={tmp_path}"], capture_output=True, text=True)
     assert (done.returncode, done.stdout.strip()) == (0, str(tmp_path / "report.html"))
