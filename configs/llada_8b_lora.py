@@ -14,7 +14,7 @@ from llada_jax.config import run_config, set_slice
 SLICES = {
     "v5e-1": dict(base="int8", row_length=2048, batch_size=16, microbatches=16, remat="full"),
     "v6e-1": dict(base="bfloat16", row_length=4096, batch_size=16, microbatches=16, remat="full"),
-    "v5e-8": dict(base="bfloat16", row_length=4096, batch_size=32, microbatches=4, remat="full"),
+    "v5e-8": dict(base="bfloat16", row_length=4096, batch_size=32, microbatches=4, remat="projections"),
     "h200": dict(base="bfloat16", row_length=4096, batch_size=16, microbatches=4, remat="full"),
     "rtx-24gb": dict(base="int8", row_length=2048, batch_size=16, microbatches=16, remat="full"),
 }
