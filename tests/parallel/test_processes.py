@@ -229,9 +229,9 @@ def test_processes_skip_and_roll_back_alike(root, one, two):
     assert [line.count("rolled back to step 2") for _, line in two.printed] == [1, 0]
 
 
-def test_the_slowest_process_is_seen(root, two):
-    ratios = metrics(root / "many", "4_speed/slowest_host_over_mean")
-    assert len(ratios) >= 2 and all(1 <= ratio <= 2 for ratio in ratios[:2])  # of two
+def test_the_slowest_process_is_seen(root, two, four):
+    of_two, of_four = metrics(root / "many", "4_speed/slowest_host_over_mean")  # the steps that compile are not timed
+    assert 1 <= of_two <= 2 and 1 <= of_four <= 4
 
 
 @pytest.mark.parametrize(
