@@ -91,6 +91,7 @@ def test_ranking_is_by_the_likelihood_of_the_whole_text(causal, tokenizer):
         assert reversal.rank(causal, tokenizer, couplets, direction, candidates=12) == np.mean(right)
 
 
+@pytest.mark.slow
 def test_the_quickstart_makes_its_report(tmp_path):
     command = [
         sys.executable, "tools/quickstart.py", "--config=configs/quickstart.py", f"--workdir={tmp_path / 'w'}",

@@ -23,6 +23,8 @@ from llada_jax.parallel.mesh import _across_slices
 from llada_jax.storage.mirror import Workdir
 from llada_jax.training import run as train
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT = 300  # seconds, for a machine that is busy with other things
 QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"  # to compile

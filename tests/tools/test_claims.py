@@ -130,17 +130,14 @@ def test_tuning_by_lora_and_weights_in_few_bits_make_two_tables(tmp_path, monkey
     assert said in (tmp_path / "lora.md").read_text() and runs.finished(tmp_path / "results.jsonl") == lines
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, command",
     [
-        pytest.param("bound", lambda place: bound.bound(place, seeds=1, steps=2, repeats=20), marks=pytest.mark.slow),
-        pytest.param(
-            "context",
-            lambda place: context.context(place, seeds=1, steps=2, questions=8, lines=200),
-            marks=pytest.mark.slow,
-        ),
+        ("bound", lambda place: bound.bound(place, seeds=1, steps=2, repeats=20)),
+        ("context", lambda place: context.context(place, seeds=1, steps=2, questions=8, lines=200)),
         ("reversal", lambda place: reversal.reversal(place, seeds=1, steps=2, count=8)),
-        pytest.param("chat", lambda place: chat.chat(place, seeds=1, steps=2, count=60), marks=pytest.mark.slow),
+        ("chat", lambda place: chat.chat(place, seeds=1, steps=2, count=60)),
     ],
 )
 def test_a_command_leaves_lines_a_table_and_a_picture(tmp_path, name, command):

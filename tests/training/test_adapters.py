@@ -126,6 +126,7 @@ def test_adapters_of_nothing_or_of_no_weight_are_refused(make_adapters, tmp_path
     assert not (tmp_path / "w").exists()
 
 
+@pytest.mark.slow
 def test_dropout_is_drawn_anew_in_every_step_and_microbatch(tiny):
     """Same batch, same masks: only dropout can tell two steps, or two microbatches of equal rows, apart."""
     settings = run_config("tiny").optimizer

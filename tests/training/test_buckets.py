@@ -78,7 +78,8 @@ def steps(workdir) -> list[int]:
     return sorted(saved_steps(buckets.path_of(workdir) / "checkpoints"))
 
 
-@pytest.mark.parametrize("scheme", ["gs", pytest.param("s3", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["gs", "s3"])
 def test_a_run_that_continues_in_a_bucket_ends_in_the_bits_of_one_on_disk(proxies, make_run, trained, scheme, tmp_path):
     workdir = f"{scheme}://{bucket_servers.BUCKET}/same"
     train.train(make_run(steps=4), workdir)

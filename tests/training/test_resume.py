@@ -31,9 +31,8 @@ def stop(workdir, processes):
     return max(run.steps())
 
 
-@pytest.mark.parametrize(
-    "processes, moments", [(1, ["saving", "restoring"]), pytest.param(2, ["saving"], marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("processes, moments", [(1, ["saving", "restoring"]), (2, ["saving"])])
 def test_killed_and_stopped_runs_end_in_the_same_bits_and_the_same_metrics(tmp_path, processes, moments):
     strike(tmp_path / "killed", processes, moments)
     last = stop(tmp_path / "killed", processes) + 5
