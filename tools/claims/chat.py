@@ -4,7 +4,8 @@ python tools/claims/chat.py --workdir=DIR
 
 Pre-training is on plain lines that hold the skills and the names, but no dialogue. Fine-tuning is on dialogues of the
 kind `chat`: instructions on words (reverse, first, last, count) and talks in which a user gives a name, asks something
-else, and asks for the name two turns later. Asked are word lists and names that no dialogue of fine-tuning has.
+else, and asks for the name two turns later. Asked are word lists and pairs of first and last name that no dialogue of
+fine-tuning has.
 """
 
 import random
@@ -27,15 +28,23 @@ SKILLS: dict[str, tuple[str, Callable[[list[str]], str]]] = {
     "last": ("Last of: {}", lambda words: f"It is {words[-1]}"),
     "count": ("Count: {}", lambda words: f"It is {NUMBERS[len(words)]}"),
 }
-NAMES = [a + b for a in ("Ad", "Be", "Ca", "Do", "El", "Fi", "Gu", "Ho", "Iv", "Jo") for b in ("a", "lin", "ro", "nna")]
-_SHAPE, _ROOM = runs.Shape(64, 2), 8
-_TEXT_ROW, _CHAT_ROW = 16, 64
+FIRST = "Ada Ben Cleo Dan Eva Finn Gus Hana Ivo June".split()
+LAST = "Adler Berg Cole Diaz Ekman Frost Gray Holt Ito Jung".split()
+NAMES = [f"{first} {last}" for first in FIRST for last in LAST]
+_SHAPE, _HEADS, _ROOM = runs.Shape(64, 2), 4, 8
+_TEXT_ROW, _CHAT_ROW = 16, 66
 Messages = list[dict[str, str]]
 
 
-def arguments(generator: random.Random) -> list[str]:
-    """Two to four different words."""
-    return generator.sample(WORDS, generator.randint(2, 4))
+def arguments(generator: random.Random, skill: str) -> list[str]:
+    """Three different words; two to four where they are counted."""
+    return generator.sample(WORDS, generator.randint(2, 4) if skill == "count" else 3)
+
+
+def exercise(generator: random.Random) -> tuple[str, list[str]]:
+    """A skill and words for it."""
+    skill = generator.choice(list(SKILLS))
+    return skill, arguments(generator, skill)
 
 
 def instruction(skill: str, words: list[str]) -> Messages:
@@ -45,7 +54,7 @@ def instruction(skill: str, words: list[str]) -> Messages:
 
 def memory(name: str, between: Messages) -> Messages:
     """The name comes first and is asked for last."""
-    return [*_turns(f"My name is {name}.", f"Hello {name}"), *between, *_turns("What is my name?", f"It is {name}")]
+    return [*_turns(f"My name is {name}", f"Hello {name}"), *between, *_turns("What is my name?", f"It is {name}")]
 
 
 def _turns(question: str, answer: str) -> Messages:
@@ -56,7 +65,7 @@ def lines(generator: random.Random, count: int) -> list[str]:
     """Plain text: what a skill makes of words, and names that come again."""
     texts = []
     for _ in range(count):
-        skill, words = generator.choice(list(SKILLS)), arguments(generator)
+        skill, words = exercise(generator)
         name, word = generator.choice(NAMES), generator.choice(WORDS)
         texts.append(f"Of {' '.join(words)}, {skill}: {SKILLS[skill][1](words)}")
         texts.append(f"We saw {name} with a {word}. It is {name}.")
@@ -66,18 +75,19 @@ def lines(generator: random.Random, count: int) -> list[str]:
 def dialogues(generator: random.Random, count: int) -> tuple[dict[str, list[Messages]], list[Messages]]:
     """({what is asked: dialogues}, those of fine-tuning), which share neither word lists nor names."""
     names = generator.sample(NAMES, len(NAMES))
-    new_names, known_names = names[:10], names[10:]
+    new_names, known_names = names[:20], names[20:]
     new_lists: set[tuple[str, ...]] = set()
     asked: dict[str, list[Messages]] = {}
     for skill in SKILLS:
-        lists = [arguments(generator) for _ in range(64)]
+        lists = [arguments(generator, skill) for _ in range(64)]
         new_lists |= set(map(tuple, lists))
         asked[skill] = [instruction(skill, words) for words in lists]
-    draw = lambda: instruction(generator.choice(list(SKILLS)), arguments(generator))
-    asked["name after a turn"] = [memory(name, draw()) for name in new_names for _ in range(6)]
+    asked["name after a turn"] = [
+        memory(name, instruction(*exercise(generator))) for name in new_names for _ in range(6)
+    ]
     taught: list[Messages] = []
     while len(taught) < count:
-        skill, words = generator.choice(list(SKILLS)), arguments(generator)
+        skill, words = exercise(generator)
         if tuple(words) not in new_lists:
             talk = instruction(skill, words)
             taught.append(talk if generator.random() < 0.6 else memory(generator.choice(known_names), talk))
@@ -94,27 +104,29 @@ def measure(model, tokenizer, asked: dict[str, list[Messages]]) -> dict[str, flo
 
 
 def chat(workdir: Path, seeds: int, steps: int, count: int = 6000) -> str:
-    """steps: of fine-tuning; pre-training takes half as many."""
+    """steps: of pre-training, and of fine-tuning."""
     texts = lines(random.Random(0), count // 2)
     asked, taught = dialogues(random.Random(1), count)
     said = [message["content"] for talk in taught[:500] for message in talk]
-    text = [*texts, *said, *[f"user assistant {name}" for name in NAMES] * 20]  # a name becomes one token
+    text = [*texts, *said, *["user assistant", *NAMES] * 20]  # each word of a name becomes a token
     tokenizer = runs.tokenizer_of(workdir / "tokenizer.model", lambda path: train_tokenizer(text, path, 512))
-    plain = runs.prepared(workdir / "text", tokenizer, _TEXT_ROW, items=texts)
+    plain = runs.prepared(workdir / "text", tokenizer, _TEXT_ROW, items=texts, packing="document")
     talks = runs.prepared(workdir / "dialogues", tokenizer, _CHAT_ROW, kind="chat", items=taught)
 
     def cell(kind: str, seed: int) -> dict[str, Any]:
         place, base_place = workdir / f"{kind}-{seed}-{steps}", workdir / f"{kind}-{seed}-{steps}-base"
         config = runs.config_of(
-            kind, _SHAPE, plain, row_length=_TEXT_ROW, steps=max(steps // 2, 1), batch_size=64, seed=seed,
+            kind, _SHAPE, plain, row_length=_TEXT_ROW, steps=steps, batch_size=64, seed=seed,
         )  # fmt: skip
         config.model.max_sequence_length = 2 * _CHAT_ROW
+        config.model.n_heads = config.model.n_kv_heads = _HEADS
         base = runs.trained(config, base_place)
         before = measure(base, tokenizer, asked)
         config = runs.config_of(
             kind, _SHAPE, talks, row_length=_CHAT_ROW, steps=steps, batch_size=24, chat=True, init_from=base_place,
             seed=seed,
         )  # fmt: skip
+        config.model.n_heads = config.model.n_kv_heads = _HEADS
         return {"before": before, "after": measure(runs.trained(config, place), tokenizer, asked)}
 
     return conclude(workdir, runs.of_both(workdir, seeds, {"steps": steps}, cell))
@@ -153,5 +165,5 @@ def main(_argv: list[str]) -> None:
 
 if __name__ == "__main__":
     runs.define_flags()
-    flags.DEFINE_integer("steps", 800, "Of fine-tuning; pre-training takes half as many.", lower_bound=1)
+    flags.DEFINE_integer("steps", 3000, "Of pre-training, and of fine-tuning.", lower_bound=1)
     cli.run(main)

@@ -2,9 +2,13 @@ r"""In-context learning: a map from letters to letters is drawn for each prompt,
 
 python tools/claims/context.py --workdir=DIR
 
-A line is nine pairs x f(x), f a random permutation of six letters onto six capitals that no other line has, such
-as `aDcFaDhB…`. Asked is the capital after n pairs and a letter. No parameter can know f. The best that is possible is
-to repeat what was shown of the letter, and to guess among the capitals that were not shown otherwise.
+A line is twelve pairs x f(x), f a random permutation of four letters onto four capitals, such as `aDcBaDbC…`. Asked is
+the capital after n pairs and a letter. No parameter can know the f of a line. The best that is possible is to repeat
+what was shown of the letter, and to guess among the capitals that were not shown otherwise.
+
+Half of the lines of training, and of those that are asked only as many as chance brings, have one map, aA bB cC dD:
+they teach early that neighbours belong together. In three trials without them LLaDA was still at chance after 1,500 to
+5,000 steps.
 """
 
 import random
@@ -19,22 +23,31 @@ from llada_jax import cli
 from llada_jax.data.train_tokenizer import train_tokenizer
 from llada_jax.tools.claims import runs, show
 
-LETTERS, CAPITALS = "abcdef", "ABCDEF"
-PAIRS = 9
-EXAMPLES = tuple(range(PAIRS))
-_SHAPE, _BATCH, _ROW = runs.Shape(64, 2), 64, 2 * PAIRS + 2  # with BOS and EOS
+LETTERS, CAPITALS = "abcd", "ABCD"
+PAIRS = 12
+EXAMPLES = tuple(range(9))
+_SHAPE, _HEADS, _BATCH, _ROW = runs.Shape(64, 2), 4, 48, 2 * PAIRS + 2  # with BOS and EOS
 
 
 def line(generator: random.Random, pairs: int = PAIRS) -> str:
     """So many pairs of one map."""
-    capital = dict(zip(LETTERS, generator.sample(CAPITALS, len(CAPITALS)), strict=True))
+    return _line(generator, generator.sample(CAPITALS, len(CAPITALS)), pairs)
+
+
+def usual_line(generator: random.Random) -> str:
+    """Pairs of the map that half of the lines have."""
+    return _line(generator, CAPITALS, PAIRS)
+
+
+def _line(generator: random.Random, capitals: Sequence[str], pairs: int) -> str:
+    capital = dict(zip(LETTERS, capitals, strict=True))
     return "".join(x + capital[x] for x in generator.choices(LETTERS, k=pairs))
 
 
 def best(examples: int) -> float:
     """The accuracy of the best guesser.
 
-    With K letters shown it is right for these, K/8, and for one of the others where there is one: 1/8.
+    With K of the N letters shown it is right for these, K/N, and for one of the others where there is one: 1/N.
     """
     letters, shown = len(LETTERS), np.zeros(len(LETTERS) + 1)
     shown[0] = 1.0  # the distribution of K
@@ -56,7 +69,7 @@ def measure(model, tokenizer, questions: int) -> dict[str, Any]:
 
 def context(workdir: Path, seeds: int, steps: int, questions: int = 256, lines: int = 50_000) -> str:
     generator = random.Random(0)
-    corpus = [line(generator) for _ in range(lines)]
+    corpus = [make(generator) for make in (line, usual_line) for _ in range(lines // 2)]
     alphabet = [LETTERS + CAPITALS]
     tokenizer = runs.tokenizer_of(
         workdir / "tokenizer.model", lambda path: train_tokenizer(alphabet, path, 320, "char")
@@ -65,6 +78,7 @@ def context(workdir: Path, seeds: int, steps: int, questions: int = 256, lines: 
 
     def cell(kind: str, seed: int) -> dict[str, Any]:
         config = runs.config_of(kind, _SHAPE, data, row_length=_ROW, steps=steps, batch_size=_BATCH, seed=seed)
+        config.model.n_heads = config.model.n_kv_heads = _HEADS
         config.data.random_length_fraction = 0.5  # prompts end anywhere
         return measure(runs.trained(config, workdir / f"{kind}-{seed}-{steps}"), tokenizer, questions)
 
@@ -103,5 +117,5 @@ def main(_argv: list[str]) -> None:
 
 if __name__ == "__main__":
     runs.define_flags()
-    flags.DEFINE_integer("steps", 1500, "Of training.", lower_bound=1)
+    flags.DEFINE_integer("steps", 2500, "Of training.", lower_bound=1)
     cli.run(main)

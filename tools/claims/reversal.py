@@ -4,8 +4,12 @@ python tools/claims/reversal.py --workdir=DIR
 
 Every fact is a composer and a piece, both made up. All facts are stated in twelve phrasings, the composer always first.
 Of five sixths of them both questions are taught with their answers, in five phrasings each: so a model learns what a
-question is. The others are never asked in training. Of these are asked `forward` (which piece is by this composer?) and
-`backward` (whose is this piece?), in a taught phrasing and in one that no row of training has.
+question is, and that it is answered in a whole sentence (`Who composed Baki? Momu composed Baki.`). The others are
+never asked in training. Of these are asked `forward` (which piece is by this composer?) and `backward` (whose is this
+piece?), in a taught phrasing and in one that no row of training has. Right is an answer with no wrong character.
+
+In a statement the composer is also hidden. LLaDA fills the hole. The control cannot; what both can do is to rank all
+composers: LLaDA by their probability in the hole, the control by that of the whole statement.
 
 Statements and questions are rows of plain text in one run from scratch, the same for both kinds of model.
 """
@@ -20,6 +24,7 @@ from absl import flags
 
 from llada_jax import cli
 from llada_jax.data.train_tokenizer import train_tokenizer
+from llada_jax.sampling.generate import infill
 from llada_jax.tools.claims import runs, show
 
 STATEMENTS = (
@@ -39,8 +44,10 @@ QUESTIONS = {
         "Who played the piece {w}?", "Who finished the piece {w}?",
     ),
 }  # fmt: skip
+ANSWER = " {p} composed {w}."
+FACTS = {"unasked": "never asked", "asked": "asked in training"}
 PHRASINGS = {"taught": 0, "new": -1}
-_SHAPE, _BATCH, _ROW, _ROOM = runs.Shape(64, 2), 128, 14, 3
+_SHAPE, _BATCH, _ROW, _ROOM = runs.Shape(64, 2), 128, 14, 5
 Fact = tuple[str, str]
 
 
@@ -58,7 +65,7 @@ def facts(count: int) -> list[Fact]:
 def question(fact: Fact, direction: str, phrasing: int) -> tuple[str, str]:
     """(question, answer)."""
     p, w = fact
-    return QUESTIONS[direction][phrasing].format(p=p, w=w), f" {w if direction == 'forward' else p}."
+    return QUESTIONS[direction][phrasing].format(p=p, w=w), ANSWER.format(p=p, w=w)
 
 
 def write_data(workdir: Path, known: Sequence[Fact], taught: Sequence[Fact]):
@@ -83,6 +90,32 @@ def measure(model, tokenizer, asked: Sequence[Fact]) -> dict[str, float]:
     return found
 
 
+def in_the_statement(model, tokenizer, asked: Sequence[Fact], composers: Sequence[str]) -> dict[str, float]:
+    """The share of composers that are found in the first statement: `filled in` (LLaDA), and `ranked` first of all."""
+    rows, hole = statements(tokenizer, asked, composers)
+    right = np.asarray([composers.index(p) for p, _ in asked])
+    if model.config.causal:
+        whole = rows.reshape(-1, rows.shape[-1])
+        scores = np.concatenate(
+            [runs.next_token_log_p(model, part).sum(axis=1) for part in np.split(whole, len(asked))]
+        )
+        return {"ranked": float(np.mean(scores.reshape(len(asked), -1).argmax(axis=1) == right))}
+    names = rows[0, :, hole]
+    masked = rows[:, 0].copy()
+    masked[:, hole] = tokenizer.mask_id
+    filled = np.asarray(infill(model, masked).tokens)[:, hole]
+    ranked = np.asarray(model(masked))[:, hole][:, names].argmax(axis=1)
+    return {"filled in": float(np.mean(filled == names[right])), "ranked": float(np.mean(ranked == right))}
+
+
+def statements(tokenizer, asked: Sequence[Fact], composers: Sequence[str]) -> tuple[np.ndarray, int]:
+    """(rows int32 [facts, composers, L], the column of the composer): the first statement, said of every composer."""
+    encode = lambda p, w: [tokenizer.bos_id, *tokenizer.encode(STATEMENTS[0].format(p=p, w=w)), tokenizer.eos_id]
+    rows = np.asarray([[encode(p, w) for p in composers] for _, w in asked], np.int32)
+    (hole,) = np.flatnonzero((rows != rows[:, :1]).any(axis=(0, 1)))
+    return rows, int(hole)
+
+
 def reversal(workdir: Path, seeds: int, steps: int, count: int = 120) -> str:
     known = facts(count)
     taught, unasked = known[: count * 5 // 6], known[count * 5 // 6 :]
@@ -91,36 +124,39 @@ def reversal(workdir: Path, seeds: int, steps: int, count: int = 120) -> str:
     def cell(kind: str, seed: int) -> dict[str, Any]:
         config = runs.config_of(kind, _SHAPE, data, row_length=_ROW, steps=steps, batch_size=_BATCH, seed=seed)
         model = runs.trained(config, workdir / f"{kind}-{seed}-{steps}")
-        return {"unasked": measure(model, tokenizer, unasked), "asked": measure(model, tokenizer, taught)}
+        ask = lambda of: measure(model, tokenizer, of) | in_the_statement(model, tokenizer, of, [p for p, _ in known])
+        return {"unasked": ask(unasked), "asked": ask(taught)}
 
     return conclude(workdir, runs.of_both(workdir, seeds, {"facts": count, "steps": steps}, cell), len(unasked))
 
 
 def conclude(workdir: Path, lines: Sequence[dict[str, Any]], count: int) -> str:
-    names = list(lines[0]["unasked"])
+    names = [name for name in lines[0]["unasked"] if name != "filled in"]
     unasked, asked = (runs.values(lines, which, names) for which in ("unasked", "asked"))
-    rows = [
-        (runs.KINDS[kind], facts, *map(show.spread, found[kind].T))
-        for kind in runs.KINDS for facts, found in (("never asked", unasked), ("asked in training", asked))
-    ]  # fmt: skip
+    filled = {name: np.asarray([x[name]["filled in"] for x in lines if x["kind"] == "llada"]) for name in FACTS}
+    rows = []
+    for which, found in (("unasked", unasked), ("asked", asked)):
+        for kind, name in runs.KINDS.items():
+            hole = show.spread(filled[which]) if kind == "llada" else "–"
+            rows.append((FACTS[which], name, *map(show.spread, found[kind].T), hole))
     drawn, axes = show.figure()
     for i, (kind, name) in enumerate(runs.KINDS.items()):
         place = np.arange(len(names)) + 0.38 * (i - 0.5)
         axes.bar(place, unasked[kind].mean(axis=0), 0.36, color=show.COLORS[kind], label=name)
         for run in unasked[kind]:
             axes.plot(place, run, ".", color="black", markersize=4)
-    axes.set(xticks=np.arange(len(names)), ylabel=f"right, {count} facts never asked", ylim=(0, 1.15))
-    axes.set_xticklabels([name.replace(", ", "\n") + " phrasing" for name in names])
+    axes.set(xticks=np.arange(len(names)), ylabel=f"right, {count} facts never asked", ylim=(0, 1.2))
+    axes.set_xticklabels([name.replace(", ", "\n") + " phrasing" * (", " in name) for name in names])
     axes.legend(frameon=False, ncols=2, loc="upper right")
     show.save(drawn, workdir / "reversal.svg")
     llada, arm = (dict(zip(names, unasked[kind].mean(axis=0), strict=True)) for kind in runs.KINDS)
     said = (
         f"Facts that were never asked, new phrasing: LLaDA {llada['forward, new']:.0%} forward and "
-        f"{llada['backward, new']:.0%} backward, the control {arm['forward, new']:.0%} and {arm['backward, new']:.0%}."
+        f"{llada['backward, new']:.0%} backward, the control {arm['forward, new']:.0%} and {arm['backward, new']:.0%}. "
+        f"LLaDA fills {filled['unasked'].mean():.0%} of their composers into the statement."
     )
-    (workdir / "reversal.md").write_text(
-        f"{show.table(('model', 'facts', *names), rows)}\n\n{said}\n", encoding="utf-8"
-    )
+    head = ("facts", "model", *names, "filled in")
+    (workdir / "reversal.md").write_text(f"{show.table(head, rows)}\n\n{said}\n", encoding="utf-8")
     return said
 
 
@@ -130,5 +166,5 @@ def main(_argv: list[str]) -> None:
 
 if __name__ == "__main__":
     runs.define_flags()
-    flags.DEFINE_integer("steps", 2000, "Of training.", lower_bound=1)
+    flags.DEFINE_integer("steps", 3000, "Of training.", lower_bound=1)
     cli.run(main)
