@@ -68,15 +68,15 @@ def test_every_way_to_draw_masks_estimates_the_bound():
 def test_the_best_guesser_is_right_as_often_as_a_count_says(examples):
     """Over all prompts of so many letters and all queries; a letter that was not shown is guessed among the others."""
     right = []
-    for shown in itertools.product(range(4), repeat=examples):
-        right += [1.0 if letter in shown else 1 / (4 - len(set(shown))) for letter in range(4)]
+    for shown in itertools.product(range(6), repeat=examples):
+        right += [1.0 if letter in shown else 1 / (6 - len(set(shown))) for letter in range(6)]
     assert context.best(examples) == pytest.approx(np.mean(right))
 
 
 def test_lines_of_pairs_follow_one_map():
     line = context.line(random.Random(0), 40)
     pairs = set(zip(line[::2], line[1::2], strict=True))
-    assert len(pairs) == len({x for x, _ in pairs}) == len({y for _, y in pairs}) == 4
+    assert len(pairs) == len({x for x, _ in pairs}) == len({y for _, y in pairs}) == 6
     usual = context.usual_line(random.Random(0))
     assert len(usual) == 2 * context.PAIRS and usual[::2].upper() == usual[1::2]
 
@@ -90,6 +90,7 @@ def test_facts_are_stated_one_way_and_asked_both_ways():
     for direction, given, wanted in (("forward", p, w), ("backward", w, p)):
         question, answer = reversal.question((p, w), direction, new)
         assert given in question and wanted not in question and answer == f" {p} composed {w}."
+        assert reversal.named(answer, direction) == wanted and reversal.named("", direction) == ""
 
 
 def test_what_is_asked_after_fine_tuning_was_not_taught():

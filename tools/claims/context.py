@@ -2,12 +2,12 @@ r"""In-context learning: a map from letters to letters is drawn for each prompt,
 
 python tools/claims/context.py --workdir=DIR
 
-A line is twelve pairs x f(x), f a random permutation of four letters onto four capitals, such as `aDcBaDbC…`. Asked is
+A line is 16 pairs x f(x), f a random permutation of six letters onto six capitals, such as `aDcFaDeB…`. Asked is
 the capital after n pairs and a letter. No parameter can know the f of a line. The best that is possible is to repeat
 what was shown of the letter, and to guess among the capitals that were not shown otherwise.
 
-Half of the lines of training, and of those that are asked only as many as chance brings, have one map, aA bB cC dD:
-they teach early that neighbours belong together. In three trials without them LLaDA was still at chance after 1,500 to
+Half of the lines of training have one map, aA bB cC dD eE fF, and of those that are asked as many as chance brings.
+They teach early that neighbours belong together: in three trials without them LLaDA was still at chance after 1,500 to
 5,000 steps.
 """
 
@@ -23,10 +23,10 @@ from llada_jax import cli
 from llada_jax.data.train_tokenizer import train_tokenizer
 from llada_jax.tools.claims import runs, show
 
-LETTERS, CAPITALS = "abcd", "ABCD"
-PAIRS = 12
+LETTERS, CAPITALS = "abcdef", "ABCDEF"
+PAIRS = 16
 EXAMPLES = tuple(range(9))
-_SHAPE, _HEADS, _BATCH, _ROW = runs.Shape(64, 2), 4, 48, 2 * PAIRS + 2  # with BOS and EOS
+_SHAPE, _HEADS, _BATCH, _ROW = runs.Shape(64, 2), 4, 64, 2 * PAIRS + 2  # with BOS and EOS
 
 
 def line(generator: random.Random, pairs: int = PAIRS) -> str:
@@ -117,5 +117,5 @@ def main(_argv: list[str]) -> None:
 
 if __name__ == "__main__":
     runs.define_flags()
-    flags.DEFINE_integer("steps", 2500, "Of training.", lower_bound=1)
+    flags.DEFINE_integer("steps", 2400, "Of training.", lower_bound=1)
     cli.run(main)

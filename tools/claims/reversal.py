@@ -6,7 +6,8 @@ Every fact is a composer and a piece, both made up. All facts are stated in twel
 Of five sixths of them both questions are taught with their answers, in five phrasings each: so a model learns what a
 question is, and that it is answered in a whole sentence (`Who composed Baki? Momu composed Baki.`). The others are
 never asked in training. Of these are asked `forward` (which piece is by this composer?) and `backward` (whose is this
-piece?), in a taught phrasing and in one that no row of training has. Right is an answer with no wrong character.
+piece?), in a taught phrasing and in one that no row of training has. An answer is right that names in its place what
+was asked for, the piece or the composer; what it copies of the question is not judged.
 
 In a statement the composer is also hidden. LLaDA fills the hole. The control cannot; what both can do is to rank all
 composers: LLaDA by their probability in the hole, the control by that of the whole statement.
@@ -68,6 +69,12 @@ def question(fact: Fact, direction: str, phrasing: int) -> tuple[str, str]:
     return QUESTIONS[direction][phrasing].format(p=p, w=w), ANSWER.format(p=p, w=w)
 
 
+def named(answer: str, direction: str) -> str:
+    """What a sentence says to the question: its last word (the piece) or its first (the composer)."""
+    words = answer.strip().removesuffix(".").split() or [""]
+    return words[-1] if direction == "forward" else words[0]
+
+
 def write_data(workdir: Path, known: Sequence[Fact], taught: Sequence[Fact]):
     """(tokenizer, prepared rows): every statement, and as many questions."""
     stated = [form.format(p=p, w=w) for p, w in known for form in STATEMENTS]
@@ -79,14 +86,14 @@ def write_data(workdir: Path, known: Sequence[Fact], taught: Sequence[Fact]):
 
 
 def measure(model, tokenizer, asked: Sequence[Fact]) -> dict[str, float]:
-    """The share of right answers by direction and phrasing."""
+    """The share of right answers by direction and phrasing: which name the piece, or the composer, in its place."""
     found = {}
     for direction in QUESTIONS:
         for name, phrasing in PHRASINGS.items():
             pairs = [question(fact, direction, phrasing) for fact in asked]
             prompts = [[tokenizer.bos_id, *tokenizer.encode(text)] for text, _ in pairs]
-            answers = runs.replies(model, tokenizer, prompts, _ROOM)
-            found[f"{direction}, {name}"] = runs.share(answers, [answer.strip() for _, answer in pairs])
+            answers = [named(text, direction) for text in runs.replies(model, tokenizer, prompts, _ROOM)]
+            found[f"{direction}, {name}"] = runs.share(answers, [named(answer, direction) for _, answer in pairs])
     return found
 
 
