@@ -73,12 +73,12 @@ def test_the_best_guesser_is_right_as_often_as_a_count_says(examples):
     assert context.best(examples) == pytest.approx(np.mean(right))
 
 
-def test_lines_of_pairs_follow_one_map():
-    line = context.line(random.Random(0), 40)
-    pairs = set(zip(line[::2], line[1::2], strict=True))
-    assert len(pairs) == len({x for x, _ in pairs}) == len({y for _, y in pairs}) == 6
-    usual = context.usual_line(random.Random(0))
-    assert len(usual) == 2 * context.PAIRS and usual[::2].upper() == usual[1::2]
+def test_examples_and_pairs_of_a_line_follow_one_map():
+    words = context.line(random.Random(0), 40, 40).split()
+    examples, pairs = {tuple(word) for word in words[:40]}, set(zip(words[40::2], words[41::2], strict=True))
+    assert examples == pairs and len(pairs) == len({x for x, _ in pairs}) == len({y for _, y in pairs}) == 6
+    *_, usual = context.corpus(random.Random(0), 20)
+    assert all(x.upper() == y for x, y in zip(*[iter(usual.replace(" ", ""))] * 2, strict=True))
 
 
 def test_facts_are_stated_one_way_and_asked_both_ways():
