@@ -145,7 +145,7 @@ def conclude(workdir: Path, found: Sequence[dict[str, Any]]) -> str:
         axes.bar(place, of_seeds.mean(axis=0), 0.18, color=show.COLORS[kind], alpha=alpha, label=label)
         for run in of_seeds:
             axes.plot(place, run, ".", color="black", markersize=3)
-    axes.set(xticks=np.arange(len(names)), ylabel="right", ylim=(0, 1.3))
+    axes.set(xticks=np.arange(len(names)), yticks=np.linspace(0, 1, 6), ylabel="right", ylim=(0, 1.3))
     axes.set_xticklabels([name.replace(" after", "\nafter") for name in names])
     axes.legend(frameon=False, ncols=2, loc="upper right")
     show.save(drawn, workdir / "chat.svg")

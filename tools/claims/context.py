@@ -96,7 +96,7 @@ def conclude(workdir: Path, lines: Sequence[dict[str, Any]]) -> str:
         axes.plot(EXAMPLES, found.mean(axis=0), "o-", color=color, markersize=4, label=name)
         axes.fill_between(EXAMPLES, found.min(axis=0), found.max(axis=0), color=color, alpha=0.2, linewidth=0)
     axes.set(xlabel="examples in the prompt", ylabel="right", ylim=(0, 1.02))
-    axes.legend(frameon=False, loc="lower right")
+    axes.legend(frameon=False, loc="upper left")
     show.save(drawn, workdir / "context.svg")
     llada, arm = (found[:, -1].mean() for found in by_kind.values())
     said = (

@@ -152,7 +152,8 @@ def conclude(workdir: Path, lines: Sequence[dict[str, Any]], count: int) -> str:
         axes.bar(place, unasked[kind].mean(axis=0), 0.36, color=show.COLORS[kind], label=name)
         for run in unasked[kind]:
             axes.plot(place, run, ".", color="black", markersize=4)
-    axes.set(xticks=np.arange(len(names)), ylabel=f"right, {count} facts never asked", ylim=(0, 1.2))
+    axes.set(xticks=np.arange(len(names)), yticks=np.linspace(0, 1, 6), ylim=(0, 1.2))
+    axes.set_ylabel(f"right, {count} facts never asked")
     axes.set_xticklabels([name.replace(", ", "\n") + " phrasing" * (", " in name) for name in names])
     axes.legend(frameon=False, ncols=2, loc="upper right")
     show.save(drawn, workdir / "reversal.svg")
