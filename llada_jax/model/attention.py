@@ -64,9 +64,12 @@ def attention(
 
 
 class Past(NamedTuple):
-    """Keys and values of other positions, computed before; a query of a window sees them besides its window."""
+    """Keys and values of other positions, computed before; a query of a window sees them besides its window.
 
-    k_BKSH: jax.Array
+    Both are held as right factors of its products, so that no pass transposes them.
+    """
+
+    k_BKHS: jax.Array
     v_BKSH: jax.Array
     visible_BS: jax.Array  # bool [B, S]
 
@@ -81,8 +84,10 @@ def window_attention(q_BNWH, k_BKWH, v_BKWH, past: Past, mask: Mask = FULL) -> j
     grouped = spec(BATCH, "tensor", None, None, None)
     q_BKGWH = jnp.reshape(q_BNWH, (B, K, N // K, W, H), out_sharding=grouped)
     lowest = jnp.finfo(jnp.float32).min
-    score = lambda k: jnp.einsum("BKGWH,BKSH->BKGWS", q_BKGWH, k, preferred_element_type=jnp.float32) * H**-0.5
-    own_BKGWW, past_BKGWS = score(k_BKWH), score(past.k_BKSH)
+    score = lambda k, letters: (
+        jnp.einsum(f"BKGWH,{letters}->BKGWS", q_BKGWH, k, preferred_element_type=jnp.float32) * H**-0.5
+    )
+    own_BKGWW, past_BKGWS = score(k_BKWH, "BKSH"), score(past.k_BKHS, "BKHS")
     past_BKGWS = jnp.where(past.visible_BS[:, None, None, None], past_BKGWS, lowest)
     own_BWW = visible(mask, W, W)
     if own_BWW is not None:
@@ -91,9 +96,9 @@ def window_attention(q_BNWH, k_BKWH, v_BKWH, past: Past, mask: Mask = FULL) -> j
     own_BKGWW, past_BKGWS = jnp.exp(own_BKGWW - top), jnp.exp(past_BKGWS - top)
     total = jnp.sum(own_BKGWW, axis=-1, keepdims=True) + jnp.sum(past_BKGWS, axis=-1, keepdims=True)
     mix = lambda weights, v: jnp.einsum(
-        "BKGWS,BKSH->BKGWH", (weights / total).astype(v.dtype), v, out_sharding=grouped, preferred_element_type=v.dtype
+        "BKGWS,BKSH->BKGWH", weights.astype(v.dtype), v, out_sharding=grouped, preferred_element_type=jnp.float32
     )
-    out = mix(own_BKGWW, v_BKWH) + mix(past_BKGWS, past.v_BKSH)
+    out = ((mix(own_BKGWW, v_BKWH) + mix(past_BKGWS, past.v_BKSH)) / total).astype(q_BNWH.dtype)
     return jnp.reshape(out, (B, N, W, H), out_sharding=spec(BATCH, "tensor", None, None))
 
 

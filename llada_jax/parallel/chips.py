@@ -105,7 +105,7 @@ TPUS = {
         Tpu("v5p", "TPU v5", 459e12, _V5P, clock=1.75e9, memory=95.73 * GIB, memory_bandwidth=2.765e12, link=90e9,
             link_share=0.9, host=16e9, dimensions=3, network=6.25e9, attention=0.55, counts_cores=True, max_chips=6144),
         Tpu("v6e", "TPU v6 lite", 918e12, _V6E, clock=1.75e9, memory=31.24 * GIB, memory_bandwidth=1.64e12, link=90e9,
-            link_share=0.65, host=32e9, dimensions=2, network=12.5e9, attention=0.25),
+            link_share=0.65, host=32e9, dimensions=2, network=12.5e9, attention=0.35),
         # The clock follows from the peak, as it does for the others: four 256 x 256 units a core. The speed to the host
         # is not published: that of v6e.
         Tpu("tpu7x", "TPU7x", 2307e12, _7X, devices=2, clock=2.2e9, memory=94.74 * GIB, memory_bandwidth=7.38e12,

@@ -15,7 +15,8 @@ from llada_jax.model.quantize import is_quantized, times
 from llada_jax.model.transformer import Block, Transformer, own_mask
 from llada_jax.parallel.mesh import BATCH, current_mesh, gather_fsdp, platform, reshard, spec
 
-Keys = Any  # keys (rotated) and values of all layers, each [B, K, S, H]: stacked, or a tuple of layers
+# Keys (rotated) [B, K, H, S] and values [B, K, S, H] of all layers: stacked, or a tuple of layers.
+Keys = Any
 
 
 @jax.tree_util.register_dataclass
@@ -100,8 +101,8 @@ def window_pass(
 
 def write_window(keys: Keys, new: Keys, first: jax.Array) -> Keys:
     """The keys and values with those of a window put in their place, from column `first` on."""
-    put = lambda all_BKSH, own_BKWH: jax.lax.dynamic_update_slice_in_dim(all_BKSH, own_BKWH, first, axis=-2)
-    return jax.tree.map(put, keys, new)
+    put = lambda axis: lambda kept, own: jax.lax.dynamic_update_slice_in_dim(kept, own, first, axis=axis)
+    return jax.tree.map(put(-1), keys[0], new[0]), jax.tree.map(put(-2), keys[1], new[1])
 
 
 def logits(w: Weights, hidden_BWD: jax.Array) -> jax.Array:
@@ -122,6 +123,6 @@ def _over_layers(layer, x, layers, *more):
 
 
 def _whole_rows(kept: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """Keys and values of a row on each device that works on it; heads stay split over tensor."""
+    """Keys and values of a row on each device that works on it, as `Past` holds them; heads stay split over tensor."""
     k, v = (reshard(x, BATCH, "tensor", None, None) for x in kept)
-    return k, v
+    return jnp.swapaxes(k, -1, -2), v

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -29,16 +30,16 @@ def checkpoint(tmp_path_factory):
     return directory
 
 
-def start(*arguments, **options):
+def start(*arguments, devices=8):
     environment = os.environ | {
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "XLA_FLAGS": f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={devices}",
         "HF_DATASETS_OFFLINE": "1",
         "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
     }
     command = [sys.executable, "-m", "llada_jax.evaluate", *arguments]
     return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
 
 
@@ -79,6 +80,35 @@ def test_a_killed_evaluation_goes_on_and_ends_as_one_that_was_not(checkpoint, tm
     table = (tmp_path / "killed/results.md").read_text()
     assert "acc_norm" in table and "- mc_num: 16" in table and "everything: the paper does not have" in table
     assert killed["config"]["reversal"]["sampling"]["logits_eos_inf"] is True
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_results_of_one(checkpoint, tmp_path):
+    """Four devices each, all rows spread over them; the first process writes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = [
+        f"--checkpoint={checkpoint}", "--tasks=local_mc,local_gsm", f"--include_path={TASKS}", "--mc_num=16",
+        "--limit=3", "--gen_length=8", "--block_length=8", "--steps=4",
+    ]  # fmt: skip
+    code, _, err = finished(*common, f"--output={tmp_path / 'one'}")
+    assert code == 0, err
+    join = [f"--coordinator=127.0.0.1:{port}", "--num_processes=2", "--process_id"]
+    each = [start(*common, f"--output={tmp_path / 'two'}", *join, str(i), devices=4) for i in range(2)]
+    said = [process.communicate(timeout=600) for process in each]
+    assert [process.returncode for process in each] == [0, 0], said
+    assert "local_mc" in said[0][0] and "local_mc" not in said[1][0]
+    one, two = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two"))
+    assert one["results"] == two["results"]
+    answers = []
+    for name in ("one", "two"):
+        lines = (tmp_path / name / "requests.jsonl").read_text().splitlines()
+        answers.append({line["key"]: line["answer"] for line in map(json.loads, lines)})
+    assert answers[0].keys() == answers[1].keys()
+    for key, answer in answers[0].items():
+        expected = answer if isinstance(answer, str) else pytest.approx(answer, rel=1e-5)
+        assert answers[1][key] == expected
 
 
 @pytest.mark.parametrize(

@@ -159,7 +159,7 @@ def test_a_window_beside_its_past_is_a_part_of_the_row(rng, kind, block):
         seen &= jnp.arange(96) < 48  # what precedes the window
 
     def window(q, k, v):
-        return window_attention(q[:, :, own], k[:, :, own], v[:, :, own], Past(k, v, seen), mask)
+        return window_attention(q[:, :, own], k[:, :, own], v[:, :, own], Past(jnp.swapaxes(k, 2, 3), v, seen), mask)
 
     def whole(q, k, v):
         ids = jnp.asarray(~hidden, jnp.int32)

@@ -140,10 +140,8 @@ def _whole_program(weights, model: ModelConfig, mesh, rows: int, job: Job, name:
 def _passes(weights, mesh, rows: int, job: Job) -> dict[str, tuple[Any, tuple]]:
     """(function, abstract arguments) of a pass over the canvas and one over a block beside what was kept."""
     S, W, c = job.prompt_length + job.gen_length, job.block_length, weights.config
-    keys = jax.ShapeDtypeStruct(
-        (c.n_layers, rows, c.n_kv_heads, S, c.head_dim), jnp.bfloat16,
-        sharding=NamedSharding(mesh, P(None, BATCH, "tensor", None, None)),
-    )  # fmt: skip
+    split = NamedSharding(mesh, P(None, BATCH, "tensor", None, None))
+    kept = lambda *shape: jax.ShapeDtypeStruct((c.n_layers, rows, c.n_kv_heads, *shape), jnp.bfloat16, sharding=split)
 
     def full(w, tokens_BS, positions_BS, segments_BS):
         hidden_BSD, kept = cache.full_pass(w, tokens_BS, Mask(segment_ids=segments_BS), positions_BS, True)
@@ -161,7 +159,7 @@ def _passes(weights, mesh, rows: int, job: Job) -> dict[str, tuple[Any, tuple]]:
                 weights,
                 _of_rows(mesh, rows, W),
                 _of_rows(mesh, rows, W),
-                (keys, keys),
+                (kept(c.head_dim, S), kept(S, c.head_dim)),
                 _of_rows(mesh, rows, S, dtype=jnp.bool_),
             ),
         ),
