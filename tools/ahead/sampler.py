@@ -143,9 +143,9 @@ def _passes(weights, mesh, rows: int, job: Job) -> dict[str, tuple[Any, tuple]]:
     split = NamedSharding(mesh, P(None, BATCH, "tensor", None, None))
     kept = lambda *shape: jax.ShapeDtypeStruct((c.n_layers, rows, c.n_kv_heads, *shape), jnp.bfloat16, sharding=split)
 
-    def full(w, tokens_BS, positions_BS, segments_BS):
-        hidden_BSD, kept = cache.full_pass(w, tokens_BS, Mask(segment_ids=segments_BS), positions_BS, True)
-        return _best(w, hidden_BSD[:, -W:]), kept
+    def full(w, tokens_BS, positions_BS, segments_BS):  # as without a cache, which runs it for every token
+        hidden_BSD, _ = cache.full_pass(w, tokens_BS, Mask(segment_ids=segments_BS), positions_BS, False)
+        return _best(w, hidden_BSD[:, -W:])
 
     def window(w, tokens_BW, positions_BW, keys, visible_BS):
         hidden_BWD, _ = cache.window_pass(w, tokens_BW, positions_BW, keys, visible_BS)
