@@ -7,7 +7,9 @@ from fuzz_formats import FORMATS, HEAVY
 LIGHT = [name for name in FORMATS if name not in HEAVY]
 
 
-@pytest.mark.parametrize("names, inputs", [(LIGHT, 300), (HEAVY, 25)], ids=["light", "heavy"])
+@pytest.mark.parametrize(
+    "names, inputs", [(LIGHT, 300), pytest.param(HEAVY, 25, marks=pytest.mark.slow)], ids=["light", "heavy"]
+)
 def test_damaged_files_are_refused_in_one_line_without_crash_hang_or_much_memory(names, inputs):
     for name, told in fuzz(names, inputs, seed=1).items():
         assert told["else"] == {}, name

@@ -61,6 +61,7 @@ def test_the_wheel_holds_every_file_that_the_package_reads(wheel):
                 assert prefix + path.relative_to(ROOT).as_posix() in held
 
 
+@pytest.mark.slow
 def test_a_model_is_trained_and_sampled_from_where_no_checkout_is(installed, tmp_path):
     origin = installed(sys.executable, "-c", "import llada_jax; print(llada_jax.__file__)", cwd=tmp_path)
     assert not Path(origin.strip()).is_relative_to(ROOT)

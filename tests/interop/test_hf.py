@@ -317,6 +317,7 @@ def test_a_workdir_is_read_by_the_parameter_the_large_ones_first(tmp_path, monke
     assert read == sorted(read, key=lambda some: -some[0][0]) and {some[0][1].name for some in read} == {"bfloat16"}
 
 
+@pytest.mark.slow
 def test_conversion_tells_of_rounding_and_of_mistakes(tmp_path):
     done = convert(f"--source={A}", f"--target={tmp_path / 'out'}", "--to=hf", "--dtype=bfloat16", "--verify")
     assert done.returncode == 0 and "rounding moved logits" in done.stdout

@@ -234,6 +234,7 @@ def test_quantising_in_the_stream_holds_the_quantised_model_and_less_than_a_tens
     assert 4 * 512 * 8192 < peak < 0.5 * own + 2 * 512 * 8192
 
 
+@pytest.mark.slow
 def test_a_base_in_few_bits_keeps_the_elbo_and_most_greedy_tokens(rng):
     """Of a trained checkpoint: int8 moves the bound by no more than bfloat16 does, with room for the draw."""
     place = REFERENCE / "ckpt_e_train"

@@ -49,6 +49,7 @@ def test_the_twenty_lines_of_the_readme_do_what_they_say(tmp_path, monkeypatch, 
     assert len(eval(answers)) == 2 and (tmp_path / "exported" / "config.json").exists()
 
 
+@pytest.mark.slow
 def test_batches_texts_and_a_loss_of_ones_own_give_what_they_should(config, tokenizer):
     model, wanted = losses(config, TEXTS, tokenizer)
     assert len(wanted) == 3

@@ -109,6 +109,7 @@ def test_gradients_of_the_adapters_are_those_of_peft(case):
     assert norm("B") == pytest.approx(wanted["grad_norm_B"], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_fresh_adapters_on_every_weight_change_no_bit(tiny):
     model = Transformer(tiny, jax.random.key(0))
     ids = np.arange(16, dtype=np.int32).reshape(2, 8)

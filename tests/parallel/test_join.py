@@ -37,6 +37,7 @@ def start(port, count, numbers, *flags):
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_processes_that_do_not_come_are_named_by_all_that_came():
     port = free_port()
     running = start(port, 4, (0, 2), "--join_timeout_seconds=8")
@@ -78,7 +79,8 @@ def test_another_service_at_the_port_and_strangers_do_not_hinder(tmp_path):
         assert (child.returncode, out.splitlines()[-1]) == (0, "joined"), printed
 
 
-@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
 def test_when_one_process_is_killed_the_other_ends_within_seconds_in_one_line(tmp_path, victim):
     run = kill_test.Run(tmp_path / "w", 2, 10**6)
     while run.moment() != "computing" or run.lines() < 2:

@@ -91,6 +91,7 @@ def test_a_request_that_is_none_is_named(tokenizer, value, message):
         batches.make_request(tokenizer, 0, value, "line 0", False, None)
 
 
+@pytest.mark.slow
 def test_the_command_continues_where_it_was_stopped(source, tmp_path):
     lines = [json.dumps(value) for value in VALUES]
     (tmp_path / "in.jsonl").write_text("\n".join(lines))

@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import pytest
 import torch
 from tiny import TINY
 
@@ -41,6 +42,7 @@ def test_lines_of_the_corpus_are_right_answers_and_others_are_not(tmp_path):
     assert not tasks["copy"].is_right("c12", "3456=123457")
 
 
+@pytest.mark.slow
 def test_a_sampler_is_compiled_for_tpus_that_are_not_there():
     found = compile_sampler("small", parse_topology("v5e:2x2"), Job(rows=2, prompt_length=96, gen_length=32))
     assert found["mesh"]["tensor"] == 4

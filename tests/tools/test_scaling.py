@@ -92,6 +92,7 @@ def test_a_grid_goes_on_after_a_kill(tmp_path, monkeypatch):
     assert said in (tmp_path / "scaling.md").read_text() and "</svg>" in (tmp_path / "scaling.svg").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", runs.KINDS)
 def test_a_cell_spends_its_budget_and_is_measured(tmp_path, kind):
     scaling.prepare(tmp_path, "couplets")

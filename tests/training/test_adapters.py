@@ -99,6 +99,7 @@ def test_adapters_do_not_go_on_with_another_base(adapted, make_adapters, trained
         hf.load(copy)
 
 
+@pytest.mark.slow
 def test_a_run_becomes_a_plain_checkpoint_and_an_adapter_of_peft(adapted, trained, tmp_path):
     workdir, _ = adapted
     ids = np.arange(24, dtype=np.int32).reshape(2, 12)

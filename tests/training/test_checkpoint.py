@@ -258,6 +258,7 @@ def test_a_run_goes_on_with_fewer_devices_and_on_another_mesh(trained, make_run,
         assert one == pytest.approx(other, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_digest_depends_on_every_bit_and_not_on_the_mesh(trained, make_run, tmp_path):
     run, found = make_run(), {}
     model = train.fit_to_tokenizer(run, train.load_tokenizer(trained / "tokenizer"))

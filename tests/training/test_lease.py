@@ -139,6 +139,7 @@ def test_a_start_that_fails_leaves_nothing_and_the_corrected_command_runs(make_r
     assert steps(tmp_path / "w") == [2]
 
 
+@pytest.mark.slow
 def test_what_a_killed_start_left_is_replaced_where_the_config_is_another(make_run, tmp_path, monkeypatch, steps):
     """Killed after its data was prepared and before anything was saved."""
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -240,6 +241,7 @@ def test_steps_that_move_phases_in_percent_need_permission(make_run, schedule, m
     assert all(re.search(moved, line) for line in found), found
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_without_the_files_and_the_model_that_it_began_with(make_run, trained, tmp_path):
     source = shutil.copytree(trained, tmp_path / "source")
     run = make_run(steps=4)

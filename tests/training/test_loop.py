@@ -123,6 +123,7 @@ def test_the_control_samples_left_to_right_and_its_loss_is_no_elbo(make_run, tmp
     assert "elbo" not in text and "1_loss/smooth_ce_nats_per_token" in text
 
 
+@pytest.mark.slow
 def test_dialogues_sample_a_reply_under_the_chat_template(make_run, trained, tmp_path, monkeypatch, capsys):
     chat = tmp_path / "chat.jsonl"
     messages = [{"role": "user", "content": "床前明月光？"}, {"role": "assistant", "content": "疑是地上霜"}]
@@ -144,6 +145,7 @@ def test_dialogues_sample_a_reply_under_the_chat_template(make_run, trained, tmp
     assert "床前明月光？" not in shown  # the reply alone
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [(2, 3), (3, 100)])
 def test_profiled_steps_are_there_for_tensorboard_and_xprof(tmp_path, steps):
     """In a process of its own: where libtpu was loaded for absent TPUs, as tests do, JAX's profiler crashes."""

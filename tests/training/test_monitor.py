@@ -166,6 +166,7 @@ def test_a_stall_is_seen_while_python_itself_stands_still(tmp_path):
     assert done.returncode == 0 and "Timeout (" in done.stderr and "<module>" in done.stderr, done.stderr
 
 
+@pytest.mark.slow
 def test_a_run_tells_where_it_hung_and_where_its_time_went(tiny_run, tmp_path, capfd, monkeypatch):
     read, reported = pipeline.RowSource.__getitem__, Reporter.step
     tiny_run.train.update(dict(stall_seconds=0.5, steps=3, eval_every=0))

@@ -161,6 +161,7 @@ def test_frozen_parameters_have_neither_gradients_nor_moments_nor_their_flops(ti
     assert changed == [True] * 3 + [False] * 9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", ["bfloat16", "int8"])
 def test_adapters_cost_four_flops_a_frozen_weight_and_six_of_their_own(tiny, base):
     """And what the adapters hold is all that has moments."""

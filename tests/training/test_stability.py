@@ -179,6 +179,7 @@ def test_a_rollback_goes_on_with_data_that_was_not_seen(rolled_back):
     assert [read.count(number) for number in (0, 3, 4, 5, 6, 8, 9, 10)] == [1, 1, 1, 1, 2, 1, 1, 0]
 
 
+@pytest.mark.slow
 def test_a_run_killed_around_a_rollback_ends_in_the_same_bits(run, whole, tmp_path, monkeypatch):
     def train_until(step):
         """Up to where the metrics of a step are looked at: 6 is the one before the rollback, 5 the one after it."""

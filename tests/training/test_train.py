@@ -90,6 +90,7 @@ def test_nothing_goes_between_host_and_device_unasked_in_the_loop(run, tmp_path,
     assert [line["step"] for line in metrics(tmp_path / "w") if "1_loss/loss" in line] == [1, 2, 3, 4]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "sizes", [dict(data=2, fsdp=2, tensor=2, context=1), dict(data=1, fsdp=1, tensor=1, context=8)]
 )
@@ -121,6 +122,7 @@ def test_fine_tuning_starts_from_the_model_and_its_tokenizer(run, tmp_path):
     assert 0 < moved < 0.2
 
 
+@pytest.mark.slow
 def test_a_published_checkpoint_is_started_from_as_its_workdir_is(run, tmp_path):
     run.train.steps = 1
     train.train(run, tmp_path / "w")
