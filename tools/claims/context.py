@@ -114,5 +114,5 @@ def main(_argv: list[str]) -> None:
 
 if __name__ == "__main__":
     runs.define_flags()
-    flags.DEFINE_integer("steps", 2000, "Of training.", lower_bound=1)
+    flags.DEFINE_integer("steps", 8000, "Of training.", lower_bound=1)
     cli.run(main)
