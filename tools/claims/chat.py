@@ -116,17 +116,15 @@ def chat(workdir: Path, seeds: int, steps: int, count: int = 6000) -> str:
     def cell(kind: str, seed: int) -> dict[str, Any]:
         place, base_place = workdir / f"{kind}-{seed}-{steps}", workdir / f"{kind}-{seed}-{steps}-base"
         config = runs.config_of(
-            kind, _SHAPE, plain, row_length=_TEXT_ROW, steps=steps, batch_size=64, seed=seed,
+            kind, _SHAPE, plain, row_length=_TEXT_ROW, steps=steps, batch_size=64, seed=seed, heads=_HEADS,
         )  # fmt: skip
         config.model.max_sequence_length = 2 * _CHAT_ROW
-        config.model.n_heads = config.model.n_kv_heads = _HEADS
         base = runs.trained(config, base_place)
         before = measure(base, tokenizer, asked)
         config = runs.config_of(
             kind, _SHAPE, talks, row_length=_CHAT_ROW, steps=steps, batch_size=24, chat=True, init_from=base_place,
-            seed=seed,
+            seed=seed, heads=_HEADS,
         )  # fmt: skip
-        config.model.n_heads = config.model.n_kv_heads = _HEADS
         return {"before": before, "after": measure(runs.trained(config, place), tokenizer, asked)}
 
     return conclude(workdir, runs.of_both(workdir, seeds, {"steps": steps}, cell))

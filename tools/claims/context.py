@@ -75,8 +75,9 @@ def context(workdir: Path, seeds: int, steps: int, questions: int = 512, lines: 
     data = runs.prepared(workdir / "data", tokenizer, _ROW, items=texts, packing="document")
 
     def cell(kind: str, seed: int) -> dict[str, Any]:
-        config = runs.config_of(kind, _SHAPE, data, row_length=_ROW, steps=steps, batch_size=_BATCH, seed=seed)
-        config.model.n_heads = config.model.n_kv_heads = _HEADS
+        config = runs.config_of(
+            kind, _SHAPE, data, row_length=_ROW, steps=steps, batch_size=_BATCH, seed=seed, heads=_HEADS
+        )
         return measure(runs.trained(config, workdir / f"{kind}-{seed}-{steps}"), tokenizer, questions)
 
     return conclude(workdir, runs.of_both(workdir, seeds, {"steps": steps, "questions": questions}, cell))

@@ -101,15 +101,15 @@ def prepared(output: Path, tokenizer: Tokenizer, row_length: int, **source: Any)
 
 def config_of(
     kind: str, shape: Shape, data: Path, *, row_length: int, steps: int, batch_size: int, seed: int,
-    chat: bool = False, init_from: Path | None = None,
+    chat: bool = False, init_from: Path | None = None, heads: int = 0,
 ) -> RunConfig:  # fmt: skip
     """A run of a tiny model on prepared rows: LLaDA with stratified mask ratios, or the control.
 
-    The learning rate rises over 5% of the steps and falls to a tenth along a cosine.
+    The learning rate rises over 5% of the steps and falls to a tenth along a cosine. heads: 0 for the shape's own.
     """
     config = run_config("tiny")
     m, d, t = config.model, config.data, config.train
-    heads = max(shape.width // 32, 2)
+    heads = heads or max(shape.width // 32, 2)
     m.vocab_size = m.embedding_size = 0
     m.d_model, m.n_layers, m.n_heads, m.n_kv_heads = shape.width, shape.layers, heads, heads
     m.rope_theta = 100.0  # with the recipe's 500,000 few features of so small a head would turn within a short row
