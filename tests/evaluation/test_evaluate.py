@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from ports import free_port
 from reference import REFERENCE
 
 from llada_jax.data.tokenizer import load_tokenizer
@@ -85,9 +85,7 @@ def test_a_killed_evaluation_goes_on_and_ends_as_one_that_was_not(checkpoint, tm
 @pytest.mark.slow
 def test_two_processes_give_the_results_of_one(checkpoint, tmp_path):
     """Four devices each, all rows spread over them; the first process writes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     common = [
         f"--checkpoint={checkpoint}", "--tasks=local_mc,local_gsm", f"--include_path={TASKS}", "--mc_num=16",
         "--limit=3", "--gen_length=8", "--block_length=8", "--steps=4",

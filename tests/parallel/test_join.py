@@ -9,18 +9,13 @@ import time
 from pathlib import Path
 
 import pytest
+from ports import free_port
 
 from llada_jax.parallel import join
 from llada_jax.tools import kill_test
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT = 300  # seconds, for a machine that is busy with other things
-
-
-def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def start(port, count, numbers, *flags):

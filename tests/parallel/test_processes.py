@@ -4,7 +4,6 @@ import errno
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ import numpy as np
 import pytest
 import several
 from ml_collections import ConfigDict
+from ports import free_port
 
 from llada_jax.data import sources
 from llada_jax.fields import InputError
@@ -35,9 +35,7 @@ MIXED = dict(data=1, fsdp=2, tensor=2, context=2)  # with four processes, two ho
 
 def start(directory, program, count, *flags, devices=8):
     """Starts `count` processes of a program and waits; exit code, stdout and stderr of each; the stack if it hangs."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices // count} {QUICK}",

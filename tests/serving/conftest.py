@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from ports import free_port
 from tiny import TINY
 
 from llada_jax.data.train_tokenizer import train_tokenizer
@@ -66,9 +66,7 @@ def environment():
 @pytest.fixture(scope="session")
 def url(checkpoint, tmp_path_factory):
     """The command, in a process of its own: Gradio leaves sockets and loops open, and here warnings are errors."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "llada_jax.demo", f"--checkpoint={checkpoint}", f"--port={port}", "--api"]
     log = tmp_path_factory.mktemp("demo") / "stderr"
     with log.open("w") as stderr:
