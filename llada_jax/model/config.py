@@ -8,9 +8,9 @@ from ml_collections import ConfigDict
 from llada_jax.fields import InputError, check_fields, choice, flag, integer, number, text
 
 # What the backward pass computes again, from nothing to most: nothing; all but the matrix products; also the MLP's;
-# also the projections; all but the inputs of the layers. "offload" keeps what "projections" does, and the inputs, but
-# on the host, save for the attention output.
-REMAT = ("none", "matmuls", "projections", "attention", "full", "offload")
+# also values and the output projection; also queries and keys; all but the inputs of the layers. "offload" keeps what
+# "projections" does, and the inputs, but on the host, save for the attention output.
+REMAT = ("none", "matmuls", "projections", "rotated", "attention", "full", "offload")
 
 _MOST = 2**31 - 1
 _ID = "id of the special token"

@@ -1,7 +1,7 @@
 """Low-rank adapters beside frozen weights: y = x Wᵀ + scale · (x Aᵀ) Bᵀ (LoRA, arXiv 2106.09685).
 
 The weights of the blocks can carry one, and the embedding. Several adapters on one weight are one of their ranks put
-together: the scale is an array over the rank. R rank; other letters as in quantize.PRODUCTS.
+together: the scale is an array over the rank. R rank; other letters as in products.PRODUCTS.
 """
 
 import math
@@ -12,7 +12,8 @@ from flax import nnx
 
 from llada_jax.config import Lora
 from llada_jax.fields import InputError
-from llada_jax.model.quantize import FEW_BITS, PRODUCTS, Coded, decode, halves, inner_axes, quantize, shape_of
+from llada_jax.model.products import PRODUCTS, halves, inner_axes
+from llada_jax.model.quantize import FEW_BITS, Coded, decode, quantize, shape_of
 from llada_jax.parallel.mesh import BATCH, HIDDEN, gather_fsdp, reshard, spec
 
 TARGETS = (*PRODUCTS, "wte")

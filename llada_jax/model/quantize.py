@@ -12,14 +12,8 @@ import numpy as np
 from flax import nnx
 
 from llada_jax.fields import InputError
-from llada_jax.parallel.mesh import current_mesh, gather_fsdp, platform
-
-# The products of a block: its input, the weight (outputs first) and the output. B batch, L length, D model width,
-# N query heads, K key heads, H head size, F MLP width.
-PRODUCTS = {
-    "q_proj": "BLD,NHD->BNLH", "k_proj": "BLD,KHD->BKLH", "v_proj": "BLD,KHD->BKLH", "attn_out": "BNLH,DNH->BLD",
-    "ff_proj": "BLD,FD->BLF", "up_proj": "BLD,FD->BLF", "ff_out": "BLF,DF->BLD",
-}  # fmt: skip
+from llada_jax.model.products import PRODUCTS, halves, inner_axes, times
+from llada_jax.parallel.mesh import current_mesh, gather_fsdp
 
 FEW_BITS = ("int8", "int4")
 _GROUP = 128  # inputs that share a scale in int4; the largest common divisor where the last axis has fewer
@@ -61,33 +55,6 @@ def product(x: jax.Array, weight: nnx.Param | Coded, letters: str, dtype, out) -
     y = times(x, values, letters, out)
     missing = [i for i, letter in enumerate(outputs[1:]) if letter in inputs]  # axes of y that the scale lacks
     return y * jnp.expand_dims(scale, missing)
-
-
-def times(x: jax.Array, weight: jax.Array, letters: str, out, dtype=None) -> jax.Array:
-    """einsum(letters, x, weight), where the contracted axes are the last ones of the weight.
-
-    On one CPU device as weight · xᵀ: XLA's products of 32 columns (a window of a sampler) are 1.3 times as fast so.
-    """
-    if out is not None or platform() != "cpu":
-        return jnp.einsum(letters, x, weight, out_sharding=out, preferred_element_type=dtype)
-    (inputs, _), outputs = letters.split("->")[0].split(","), letters.split("->")[1]
-    inner, outer = halves(letters)
-    columns = "".join(a for a in inputs if a not in inner)
-    y = jnp.tensordot(
-        weight, jnp.einsum(f"{inputs}->{inner}{columns}", x), axes=len(inner), preferred_element_type=dtype
-    )
-    return jnp.einsum(f"{outer}{columns}->{outputs}", y)
-
-
-def halves(letters: str) -> tuple[str, str]:
-    """The letters of a weight that its product contracts, and the others."""
-    inputs, weight = letters.split("->")[0].split(",")
-    return "".join(a for a in weight if a in inputs), "".join(a for a in weight if a not in inputs)
-
-
-def inner_axes(name: str) -> int:
-    """How many of the last axes of a weight are contracted with the input."""
-    return len(halves(PRODUCTS[name])[0])
 
 
 def quantize(model, kind: str = "int8"):

@@ -8,6 +8,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
@@ -15,21 +16,23 @@ from jax.sharding import PartitionSpec as P
 from llada_jax.model.attention import Past, attention, window_attention
 from llada_jax.model.config import ModelConfig
 from llada_jax.model.masks import FULL, Mask
-from llada_jax.model.quantize import PRODUCTS, product
+from llada_jax.model.products import PRODUCTS, on_tiles
+from llada_jax.model.quantize import product
 from llada_jax.parallel.mesh import BATCH, HIDDEN, gather_fsdp, platform, reshard, spec, sum_gradients_first
 
 # What is saved of a layer for its backward pass besides its input, by config.model.remat; the rest is computed again.
-# Names: "input" of the layer, "qkv" after the rotation, "attention" with its log of sums, "attn_out" and "mlp" (both
-# wide matrices of it).
+# Names: "input" of the layer, "qk" after the rotation, "v", "attention" with its log of sums, "attn_out" and "mlp"
+# (both wide matrices of it).
 _named = jax.checkpoint_policies.save_only_these_names
 _POLICIES = {
     "full": None,
     "attention": _named("attention"),
-    "projections": _named("attention", "qkv", "attn_out"),
-    "matmuls": _named("attention", "qkv", "attn_out", "mlp"),
+    "rotated": _named("attention", "qk"),
+    "projections": _named("attention", "qk", "v", "attn_out"),
+    "matmuls": _named("attention", "qk", "v", "attn_out", "mlp"),
     # The attention output stays: it is named inside a shard_map, where JAX would compute it again instead of moving it.
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=["attention"], names_which_can_be_offloaded=["input", "qkv", "attn_out"],
+        names_which_can_be_saved=["attention"], names_which_can_be_offloaded=["input", "qk", "v", "attn_out"],
         offload_src="device", offload_dst="pinned_host",
     ),
 }  # fmt: skip
@@ -77,11 +80,11 @@ class Block(nnx.Module):
         past: keys and values of other positions; the queries see them besides what `mask` says of their own.
         """
         c, dtype = self.config, self.config.dtype
-        heads = spec(BATCH, "tensor", "context", None)
+        heads = spec(BATCH, "context", "tensor", None)
         h_BLD = rms_norm(x_BLD, gather_fsdp(self.attn_norm, x_BLD.dtype), c.rms_norm_eps).astype(dtype)
-        q, k, v = (self.times(name, h_BLD, heads) for name in ("q_proj", "k_proj", "v_proj"))
-        rotated = (rope(x, c.rope_theta, positions) for x in (q, k))
-        q, k, v = (checkpoint_name(x, "qkv") for x in (*rotated, v))
+        q, k, v = (jnp.swapaxes(self.times(name, h_BLD, heads), 1, 2) for name in ("q_proj", "k_proj", "v_proj"))
+        q, k = (checkpoint_name(rope(x, c.rope_theta, positions), "qk") for x in (q, k))
+        v = checkpoint_name(v, "v")
         if past is None:
             a_BNLH = attention(q, k, v, mask, c.attention_kernel)
         else:
@@ -221,11 +224,28 @@ def rope(x_BNLH: jax.Array, theta: float, positions: jax.Array | None = None) ->
     positions = jnp.arange(L) if positions is None else positions
     frequency = 1.0 / theta ** (jnp.arange(0, H, 2, dtype=jnp.float32) / H)
     angle_xLh = positions.astype(jnp.float32)[..., None] * frequency
-    if angle_xLh.ndim == 3:
-        angle_xLh = angle_xLh[:, None]
-    cos, sin, x32 = jnp.cos(angle_xLh), jnp.sin(angle_xLh), x_BNLH.astype(jnp.float32)
-    if platform() == "cpu":  # a roll is 4 to 9 times as fast there; on v5e and v6e a step would take 0.6% more
-        turned = jnp.roll(x32, H // 2, axis=-1) * jnp.concatenate([-sin, sin], axis=-1)
-        return (x32 * jnp.concatenate([cos, cos], axis=-1) + turned).astype(x_BNLH.dtype)
-    a, b = jnp.split(x32, 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BNLH.dtype)
+    angle_B1Lh = angle_xLh[:, None] if positions.ndim == 2 else angle_xLh[None, None]
+    cos, sin = jnp.cos(angle_B1Lh), jnp.sin(angle_B1Lh)
+    arrays = x_BNLH, jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)
+    if platform() != "tpu":
+        return _turned(*arrays)
+    return jnp.swapaxes(on_tiles(_turned, *(jnp.swapaxes(a, 1, 2) for a in arrays)), 1, 2)
+
+
+@jax.custom_vjp
+def _turned(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """The last axis of x, [x1, x2], turned: x·cos + [x2, x1]·sin, where sin is [-s, s]. Its gradient is turned back."""
+    H, x32 = x.shape[-1], x.astype(jnp.float32)
+    if platform() == "tpu":  # a matrix unit swaps the halves, exactly; a vector unit would work with half of a register
+        swap_HH = jnp.asarray(np.roll(np.eye(H), H // 2, axis=1), x.dtype)
+        precision = "highest" if x.dtype == jnp.float32 else None
+        swapped = jnp.einsum("...H,HI->...I", x, swap_HH, preferred_element_type=jnp.float32, precision=precision)
+    else:
+        swapped = jnp.roll(x32, H // 2, axis=-1)
+    return (x32 * cos + swapped * sin).astype(x.dtype)
+
+
+_turned.defvjp(
+    lambda x, cos, sin: (_turned(x, cos, sin), (cos, sin)),
+    lambda angles, g: (_turned(g, angles[0], -angles[1]), None, None),
+)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 GIB = 2**30
 
-Options = dict[str, bool | int]
+Options = dict[str, bool | int | str]
 
 _WINDOWED_EINSUM_OFF: Options = {
     # XLA turns gathered FSDP matrix products into loops of collective-permutes; whole gathers overlap better.
@@ -118,7 +118,12 @@ _GPUS = (
     Chip("h100", "NVIDIA H100", 989e12, _NVIDIA),
     Chip("h200", "NVIDIA H200", 989e12, _NVIDIA),
 )
-_OTHERS = (("TPU", _WINDOWED_EINSUM_OFF), ("NVIDIA", _NVIDIA))  # options of chips that no line describes
+_CPU: Options = {
+    # XLA's default lets more run at once and keeps more for it: on 2 cores 0.25 GB more for a step of 34M parameters,
+    # and 1 GB more to draw 136M, at the same speed.
+    "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
+}
+_OTHERS = (("TPU", _WINDOWED_EINSUM_OFF), ("NVIDIA", _NVIDIA), ("cpu", _CPU))  # options of chips that no line describes
 
 
 def chip_of(device_kind: str) -> Chip | None:

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 
 from llada_jax.model.attention import Past
 from llada_jax.model.masks import FULL, Mask
-from llada_jax.model.quantize import is_quantized, times
+from llada_jax.model.products import times
+from llada_jax.model.quantize import is_quantized
 from llada_jax.model.transformer import Block, Transformer, own_mask
 from llada_jax.parallel.mesh import BATCH, current_mesh, gather_fsdp, platform, reshard, spec
 

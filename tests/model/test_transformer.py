@@ -9,6 +9,7 @@ import plain
 import pytest
 
 from llada_jax.fields import InputError
+from llada_jax.model import products, transformer
 from llada_jax.model.config import PRESETS, REMAT
 from llada_jax.model.transformer import Transformer, parameter_count, rms_norm, rope
 from llada_jax.parallel import chips, mesh
@@ -87,6 +88,24 @@ def test_gradients_that_wait_for_the_sums_of_others_are_the_same(tiny, monkeypat
     assert barriers > without
     for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(waited), strict=True):
         np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-4, atol=1e-6 * np.abs(a).max())
+
+
+@pytest.mark.parametrize("sizes", [None, dict(data=1, fsdp=2, tensor=2, context=2)])
+def test_every_platform_computes_the_same(tiny, sizes, monkeypatch):
+    """The orders in which products and rotations are computed on a CPU, a GPU and a TPU: loss and gradients."""
+    c = dataclasses.replace(tiny, mlp_hidden_size=96)  # wider and narrower than the model: both orders of a gradient
+    found = {}
+    for name in ("cpu", "gpu", "tpu"):
+        for module in (products, transformer):
+            monkeypatch.setattr(module, "platform", lambda name=name: name)
+        with mesh.under(mesh.make_mesh(sizes) if sizes else None):
+            model = jax.jit(Transformer, static_argnums=0)(c, jax.random.key(0))
+            tokens = jnp.arange(64).reshape(4, 16)
+            step = jax.jit(jax.value_and_grad(lambda model, tokens: jnp.sum(model(tokens) ** 2)))
+            found[name] = jax.tree.map(np.asarray, jax.tree.leaves(step(model, tokens)))
+    for name in ("gpu", "tpu"):
+        for a, b in zip(found["cpu"], found[name], strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(a).max())
 
 
 def test_rope_is_relative(rng):
