@@ -71,6 +71,9 @@ def test_a_step_for_tpus_runs_splash(topology, attention, segmented):
     assert text.count(f'kernel_name = "splash_mha_fwd{segmented}_residuals"') == 1
     assert text.count(f'kernel_name = "splash_mha_dkv{segmented}_no_residuals"') == 1
     assert text.count("tpu_custom_call") == 2
+    # The seven products of a layer are held in rows, q, k and v in tiles besides: forward, again for the backward pass
+    # (all but the last), and their gradients.
+    assert text.count("@LayoutConstraint") == 10 + 9 + 10
 
 
 @pytest.mark.parametrize(
