@@ -94,10 +94,12 @@ def tell_failure(code: int, line: str) -> None:
             client.key_value_set(_FAILED, f"{_own()} {code} {line}", allow_overwrite=False)
 
 
-def leave(code: int) -> None:
-    """Ends this process at once, without JAX's wait for the others, who may wait for this one."""
+def leave(code: int, line: str = "") -> None:
+    """Ends this process with `line` as its last, without JAX's wait for the others, who may wait for this one."""
     if _client() is not None and _own() == 0:  # its end is that of the store, where the others read why
-        time.sleep(2)
+        time.sleep(2)  # another thread may print meanwhile
+    if line:
+        cli.say(line)
     cli.end(code)
 
 
@@ -235,8 +237,7 @@ def _follow(ended: threading.Event) -> None:
         except Exception:  # nobody has failed; or the store is gone, which JAX notices
             continue
         if int(process) != _own():
-            cli.say(f"error: {line}")
-            leave(int(code))
+            leave(int(code), f"error: {line}")
         return
 
 

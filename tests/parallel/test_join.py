@@ -51,6 +51,15 @@ def test_a_first_process_that_does_not_come_is_named():
     assert printed.splitlines() == [f"error: process 0 did not answer at 127.0.0.1:{port} within 1 seconds"]
 
 
+def test_a_line_of_another_process_is_the_last_one(monkeypatch, capsys):
+    """The first process waits so that all can read why, and its main thread prints meanwhile what the fault broke."""
+    monkeypatch.setattr(join, "_client", object)
+    monkeypatch.setattr(join.time, "sleep", lambda _: join.cli.say("train: goodput 2.0%"))
+    monkeypatch.setattr(join.cli, "end", lambda code: join.cli.say(f"ended with {code}"))
+    join.leave(1, "error: process 1 stopped")
+    assert capsys.readouterr().err.splitlines() == ["train: goodput 2.0%", "error: process 1 stopped", "ended with 1"]
+
+
 def test_another_service_at_the_port_and_strangers_do_not_hinder(tmp_path):
     """A run that is ending may still have the port; whoever scans ports says nothing that we understand."""
     port = free_port()
