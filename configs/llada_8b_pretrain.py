@@ -11,9 +11,9 @@ from llada_jax.training.optimizer import LLADA_PRETRAIN
 SLICES = {  # found with tools/compile_ahead.py; the global batch is the paper's on all of them
     "v5e-256": dict(microbatches=5, remat="projections"),
     "v5p-128": dict(microbatches=4, remat="matmuls"),
-    "v5p-1024": dict(tensor=2, microbatches=1, remat="matmuls"),  # 1280 rows don't divide over 512 chips
+    "v5p-1024": dict(context=2, microbatches=1, remat="matmuls"),  # 1280 rows don't divide over 512 chips
     "v6e-256": dict(microbatches=1, remat="rotated"),
-    "2xv5p-512": dict(data=2, tensor=2, microbatches=1, remat="matmuls"),
+    "2xv5p-512": dict(data=2, context=2, microbatches=1, remat="matmuls"),
     "tpu7x-128": dict(microbatches=2, remat="matmuls"),
 }
 

@@ -139,8 +139,8 @@ def test_an_estimate_has_two_digits(value, words):
 
 def test_what_a_search_tries():
     config, topology = run_config("llada_8b"), parse_topology("v5p-128")
-    plain, tensor, copies = search.meshes(config, topology)
-    assert (plain["fsdp"], tensor["tensor"], copies["data"]) == (-1, 2, 2)
+    plain, tensor, copies, split = search.meshes(config, topology)
+    assert (plain["fsdp"], tensor["tensor"], copies["data"], split["context"]) == (-1, 2, 2, 2)
     assert search.microbatch_counts(config, topology, plain) == [1, 2, 4, 5, 10, 20]
     assert search.microbatch_counts(config, topology, tensor) == [1, 2, 4, 5, 8, 10, 20, 40]
     config.mesh.update(plain)

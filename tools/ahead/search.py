@@ -49,7 +49,7 @@ def meshes(config: RunConfig, topology: Slice) -> Iterator[dict[str, int]]:
         yield plain | dict(tensor=2)
     if topology.chips > 4 * topology.count:
         yield plain | dict(data=2 * topology.count)
-    if config.data.row_length >= 8192:
+    if config.data.row_length >= 4096:
         yield plain | dict(context=2)
 
 
