@@ -205,7 +205,7 @@ def _splash(q_BNLH, k_BKSH, v_BKSH, mask: Mask, shard, shards: int, *, interpret
     """Forward and fused backward kernel. Rows that no block divides are padded here, with keys that nothing sees."""
     _, N, L, H = q_BNLH.shape
     S = k_BKSH.shape[2]
-    block_q, block_kv = splash_blocks(L, S, q_BNLH.dtype.itemsize)
+    block_q, block_kv = splash_blocks(L, S, H, q_BNLH.dtype.itemsize)
     more_L, more_S = -L % block_q, -S % block_kv
     ids_BL, ids_BS = mask.segment_ids, mask.key_segment_ids
     if ids_BS is None and more_S:
@@ -246,9 +246,12 @@ def _splash_kernel(heads, length, queries, keys, block_q, block_kv, kind, shard,
         mask = _Computed((shards * queries, keys), kind, shards)
         mask.q_sequence = (np.arange(shards)[:, None] * length + np.arange(queries)).astype(np.int32).ravel()
     compute = max(c for c in range(128, 513, 128) if block_kv % c == 0)
+    # Each block of keys gives a part of the gradient of q, and the parts are added outside of the kernel: the fewer the
+    # better. Of a causal mask larger blocks would hold more that nothing sees.
+    backward_kv = 2 * block_kv if full and keys % (2 * block_kv) == 0 else block_kv
     blocks = splash.BlockSizes(
         block_q=block_q, block_kv=block_kv, block_kv_compute=compute,
-        block_q_dkv=block_q, block_kv_dkv=block_kv, block_kv_dkv_compute=compute, use_fused_bwd_kernel=True,
+        block_q_dkv=block_q, block_kv_dkv=backward_kv, block_kv_dkv_compute=compute, use_fused_bwd_kernel=True,
     )  # fmt: skip
     kernel = splash.make_splash_mha(
         splash.MultiHeadMask([mask] * heads), block_sizes=blocks, head_shards=1, q_seq_shards=1 if full else shards,
@@ -265,13 +268,15 @@ def _splash_kernel(heads, length, queries, keys, block_q, block_kv, kind, shard,
     return jax.tree.map(mine, kernel)
 
 
-def splash_blocks(queries: int, keys: int, itemsize: int) -> tuple[int, int]:
+def splash_blocks(queries: int, keys: int, head_dim: int, itemsize: int) -> tuple[int, int]:
     """Queries and keys of a block of scores; itemsize: bytes of an element.
 
-    1024 x 2048 in bfloat16: the largest that fit into the 16 MiB of VMEM which every chip gives a kernel without
-    compiler options. 2048 x 2048 would take 3% (v5p) to 5% (v6e) fewer instruction bundles, 1024 x 1024 11% more.
+    1024 x 2048 in bfloat16 for heads of 128 (of which lanes make any smaller one): the largest that fit into the 16 MiB
+    of VMEM which every chip gives a kernel without compiler options. 2048 x 2048 would take 3% (v5p) to 5% (v6e) fewer
+    instruction bundles, 1024 x 1024 11% more.
     """
-    return _block(queries, 2048 // itemsize), _block(keys, 4096 // itemsize)
+    of_key = itemsize * max(head_dim, 128)
+    return _block(queries, max(2**18 // of_key, 128)), _block(keys, max(2**19 // of_key, 128))
 
 
 def _block(length: int, most: int) -> int:

@@ -106,7 +106,7 @@ def test_a_causal_kernel_costs_the_blocks_that_it_executes(length, shards):
     """Those that hold a visible score, counted in the mask itself, for the device with the end of the row."""
     queries = length // shards
     visible = np.tril(np.ones((length, length), bool))[-queries:]
-    q, k = splash_blocks(queries, length, itemsize=2)
+    q, k = splash_blocks(queries, length, 128, itemsize=2)
     blocks = [visible[i : i + q, j : j + k] for i in range(0, queries, q) for j in range(0, length, k)]
     executed = sum(block.size for block in blocks if block.any())
     assert estimate.executed_share(length, shards) == pytest.approx(executed / visible.size)

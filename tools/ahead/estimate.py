@@ -175,13 +175,13 @@ def attention_flops(compiled: Compiled) -> float:
     m, c, mesh = compiled.model, compiled.config, compiled.mesh.shape
     rows = c.train.batch_size / c.train.microbatches / (mesh["data"] * mesh["fsdp"])
     whole = 4 * rows * m.n_heads * c.data.row_length**2 * m.head_dim / (mesh["tensor"] * mesh["context"])
-    return whole * executed_share(c.data.row_length, mesh["context"]) if m.causal else whole
+    return whole * executed_share(c.data.row_length, mesh["context"], m.head_dim) if m.causal else whole
 
 
-def executed_share(length: int, shards: int = 1) -> float:
+def executed_share(length: int, shards: int = 1, head_dim: int = 128) -> float:
     """Of a causal layer's blocks of scores, in bfloat16; on the device with the end of the row, which executes most."""
     queries = length // shards
-    block_q, block_kv = splash_blocks(queries, length, itemsize=2)
+    block_q, block_kv = splash_blocks(queries, length, head_dim, itemsize=2)
     ends = np.arange(block_q, queries + block_q, block_q) + length - queries
     return float(np.mean(np.minimum(np.ceil(ends / block_kv) * block_kv / length, 1)))
 
