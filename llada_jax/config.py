@@ -47,6 +47,7 @@ class Objective:
     attention: str = choice("padding", ("full", "padding", "documents"), _ATTENTION)
     eps: float = number(1e-3, 0, 1, "smallest mask ratio", above=True)
     stratified: bool = flag(False, "mask ratios spread evenly over the global batch")
+    balanced: bool = flag(True, "the same mask ratios, dealt so that no device has more to score than the others")
 
 
 @dataclasses.dataclass

@@ -41,7 +41,7 @@ def attention_mask(batch: Batch, objective) -> Mask:
 def _mask(batch: Batch, key, model: ModelConfig, objective):
     return noise.mask_tokens(
         key, batch["tokens"], batch["maskable"], model.mask_token_id,
-        eps=objective.eps, stratified=objective.stratified,
+        eps=objective.eps, stratified=objective.stratified, balanced=objective.balanced,
     )  # fmt: skip
 
 

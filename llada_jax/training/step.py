@@ -5,6 +5,7 @@ A microbatches, B rows of the global batch, L length.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,13 +13,14 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
 
 from llada_jax.config import Lora
 from llada_jax.model import lora
 from llada_jax.model.config import ModelConfig
 from llada_jax.model.transformer import Transformer
 from llada_jax.objectives.elbo import Batch, NoisyBatch, Objective, row_elbos, weighted_loss
-from llada_jax.parallel.mesh import BATCH, current_mesh
+from llada_jax.parallel.mesh import BATCH, current_mesh, reshard
 from llada_jax.training import stability
 from llada_jax.training.optimizer import keep
 
@@ -124,7 +126,11 @@ def make_train_step(
 def make_eval_step(
     objective: Objective, objective_config, *, microbatches: int = 1, compiler_options: dict | None = None
 ):  # fmt: skip
-    """(model, batch, key) -> metrics, jitted. The same key gives the same masks: fixed ones for validation."""
+    """(model, batch, key) -> metrics, jitted. The same key gives the same masks: fixed ones for validation.
+
+    They are not dealt for balance, which would make them depend on how many rows fill up the batch on a mesh.
+    """
+    objective_config = ConfigDict({**objective_config, "balanced": False})
 
     def eval_step(model: Transformer, batch: Batch, key: jax.Array):
         noisy = objective.corrupt(batch, key, model.config, objective_config)
@@ -152,6 +158,7 @@ def _gradients(trainable, frozen, noisy: NoisyBatch, microbatches: int, key: jax
     value_and_grad = jax.value_and_grad(loss_of, has_aux=True)
     if microbatches == 1:
         return value_and_grad(trainable, noisy, 0)
+    noisy = _by_ratio(noisy)
 
     def accumulate(total, part):
         return jax.tree.map(jnp.add, total, value_and_grad(trainable, *part)), None
@@ -160,6 +167,22 @@ def _gradients(trainable, frozen, noisy: NoisyBatch, microbatches: int, key: jax
     scalars, _ = jax.eval_shape(value_and_grad, trainable, *jax.tree.map(lambda x: x[0], parts))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), scalars), jax.tree.map(jnp.zeros_like, trainable)
     return jax.lax.scan(accumulate, zeros, parts)[0]
+
+
+def _by_ratio(noisy: NoisyBatch) -> NoisyBatch:
+    """Each device's rows in the order of their mask ratios: then a microbatch asks about as many positions of every
+    device, none of which has to wait for the one with most."""
+    mesh = current_mesh()
+    if mesh is None or math.prod(mesh.shape[axis] for axis in BATCH) == 1:
+        return noisy
+    noisy = jax.tree.map(lambda x: reshard(x, BATCH, *jax.typeof(x).sharding.spec[1:]), noisy)
+    specs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, noisy)
+
+    def ordered(noisy: NoisyBatch) -> NoisyBatch:
+        order = jnp.argsort(noisy.ratio)
+        return jax.tree.map(lambda x: x[order], noisy)
+
+    return jax.shard_map(ordered, in_specs=(specs,), out_specs=specs)(noisy)
 
 
 def _dropping(model: Transformer, key: jax.Array, microbatch) -> Transformer:

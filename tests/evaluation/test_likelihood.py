@@ -153,7 +153,7 @@ def test_the_loss_that_training_reports_estimates_the_bound(model):
     maskable = jnp.broadcast_to(jnp.arange(tokens.shape[1]) >= len(PROMPT), tokens.shape)
     ones = jnp.ones_like(tokens)
     batch = dict(tokens=tokens, segment_ids=ones, maskable=maskable, answer_length=jnp.full(rows, A))
-    objective = ConfigDict(dict(eps=1e-3, stratified=True, attention="full"))
+    objective = ConfigDict(dict(eps=1e-3, stratified=True, balanced=True, attention="full"))
     noisy = sft(batch, jax.random.key(0), model.config, objective)
     loss, sums = jax.jit(weighted_loss)(model, noisy)
     _, masked, estimates = expected(model, ANSWER)

@@ -59,7 +59,7 @@ def lowered_step(mesh, config, attention="padding"):
         batch = dict(tokens=tokens, segment_ids=tokens, maskable=maskable, answer_length=length)
         options, refused = chips.of_mesh(mesh)
         assert not refused
-        objective = ConfigDict(dict(eps=1e-3, stratified=False, attention=attention))
+        objective = ConfigDict(dict(eps=1e-3, stratified=False, balanced=True, attention=attention))
         step = make_train_step(update, OBJECTIVES["pretrain"], objective, compiler_options=options)
         return step.lower(state, batch, place(key, P()))
 

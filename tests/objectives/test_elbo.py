@@ -16,7 +16,7 @@ KEY = jax.random.key(5)
 
 
 def objective(attention="documents", **changes):
-    return ConfigDict(dict(eps=1e-3, stratified=False, attention=attention) | changes)
+    return ConfigDict(dict(eps=1e-3, stratified=False, balanced=True, attention=attention) | changes)
 
 
 def make_batch(rng, rows=6, length=16):

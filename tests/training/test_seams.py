@@ -20,7 +20,7 @@ from llada_jax.parallel.mesh import global_batch, make_mesh
 from llada_jax.training import optimizer, stability
 from llada_jax.training.step import TrainState, adapted_state, init_state, make_eval_step, make_train_step, merge, split
 
-CONFIG = ConfigDict(dict(eps=1e-3, stratified=True, attention="padding"))
+CONFIG = ConfigDict(dict(eps=1e-3, stratified=True, balanced=False, attention="padding"))
 BETA = 0.3
 
 

@@ -50,7 +50,7 @@ def test_an_update_that_is_not_finite_changes_no_bit_of_parameters_and_optimizer
     config = run_config("tiny").optimizer
     config.schedule = (("constant", 1e-2, "100%"),)
     update = optimizer.make_optimizer(config, total_steps=10, tokens_per_step=1)
-    objective = ConfigDict(dict(eps=1e-3, stratified=True, attention="documents"))
+    objective = ConfigDict(dict(eps=1e-3, stratified=True, balanced=True, attention="documents"))
     step_fn = make_train_step(update, Objective(spoiled), objective, microbatches=microbatches)
     mesh = make_mesh(sizes, jax.devices()[: np.prod(list(sizes.values()))])
     tokens = rng.integers(7, 60, (16, 32)).astype(np.int32)

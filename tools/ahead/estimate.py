@@ -24,6 +24,7 @@ import numpy as np
 from llada_jax.model.attention import splash_blocks
 from llada_jax.model.transformer import Transformer, parameter_count
 from llada_jax.objectives.cross_entropy import chunk_size
+from llada_jax.objectives.noise import mask_ratios
 from llada_jax.tools.ahead import hlo, links
 from llada_jax.tools.ahead.compile import Compiled
 from llada_jax.tools.ahead.cost import Cost, Machine
@@ -196,12 +197,17 @@ def expected_chunks(compiled: Compiled, draws: int = 64) -> dict[str, float]:
     total = math.ceil(rows * length / chunk)
     if c.objective.name == "autoregressive":
         return {"slowest": total, "mean": total, "share": 1.0}
-    uniform = np.random.default_rng(0).random((draws, c.train.batch_size))
-    if c.objective.stratified:
-        order = np.argsort(np.random.default_rng(1).random(uniform.shape), axis=1)
-        uniform = (order + uniform) / c.train.batch_size
-    ratio = c.objective.eps + (1 - c.objective.eps) * uniform
-    scored = ratio.reshape(draws, c.train.microbatches, devices, rows).sum(-1) * length
+    draw = functools.partial(
+        mask_ratios,
+        rows=c.train.batch_size,
+        eps=c.objective.eps,
+        stratified=c.objective.stratified,
+        balanced=c.objective.balanced,
+    )
+    ratio = np.asarray(jax.vmap(draw)(jax.random.split(jax.random.key(0), draws)))
+    # A device holds rows that lie together, in the order of their ratios, and takes every so-manieth of them at once.
+    of_device = np.sort(ratio.reshape(draws, devices, rows * c.train.microbatches))
+    scored = of_device.reshape(draws, devices, rows, c.train.microbatches).sum(2).swapaxes(1, 2) * length
     trips = np.ceil(scored / chunk)
     return {
         "slowest": float(trips.max(-1).mean()),
