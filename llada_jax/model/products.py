@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec as P
 
-from llada_jax.parallel.mesh import current_mesh, platform, spec
+from llada_jax.parallel.mesh import current_mesh, gathered, platform, spec
 
 # The products of a block: its input, the weight (outputs first) and the output. B batch, L length, D model width,
 # N query heads, K key heads, H head size, F MLP width.
@@ -21,10 +21,12 @@ PRODUCTS = {
 def times(x: jax.Array, weight: jax.Array, letters: str, out: P | None, dtype=None) -> jax.Array:
     """einsum(letters, x, weight), the contracted axes the last ones of the weight and the others last in the result.
 
-    out: sharding of the result; None without a mesh. dtype: of the result, by default that of the factors.
+    A weight that is split over fsdp is gathered. out: sharding of the result; None without a mesh. dtype: of the
+    result, by default that of the factors.
     """
     if platform() == "tpu" and len(halves(letters)[1]) == 2:
         return _by_rows(x, weight, letters, out)
+    weight = gathered(weight)
     if platform() == "tpu" and dtype is None:
         return _held_in_order(jnp.einsum(letters, x, weight, out_sharding=out))
     if platform() == "cpu" and out is None:
@@ -73,12 +75,13 @@ _narrow_gradient.defvjp(
 def _by_rows(x: jax.Array, weight: jax.Array, letters: str, out: P | None) -> jax.Array:
     """The heads of a TPU, [B, L, N, H], computed as rows of N·H numbers.
 
-    Left to itself, libtpu writes head by head: 128 columns, which fill half of a matrix unit of v6e and 7x.
+    Left to itself, libtpu writes head by head: 128 columns, which fill half of a matrix unit of v6e and 7x. The weight
+    is gathered as rows, too: gathered as heads it would be copied.
     """
     (inputs, _), (N, H) = letters.split("->")[0].split(","), weight.shape[:2]
     axes = (None, None, None) if out is None else jax.typeof(weight).sharding.spec
     flat = jnp.reshape(weight, (N * H, *weight.shape[2:]), out_sharding=out and P(axes[0], axes[2]))
-    y = _held_in_order(jnp.einsum(f"{inputs},ED->BLE", x, flat, out_sharding=out and P(*out[:3])))
+    y = _held_in_order(jnp.einsum(f"{inputs},ED->BLE", x, gathered(flat), out_sharding=out and P(*out[:3])))
     return on_tiles(_held_in_order, jnp.reshape(y, (*y.shape[:2], N, H), out_sharding=out))
 
 

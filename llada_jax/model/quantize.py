@@ -43,7 +43,7 @@ def product(x: jax.Array, weight: nnx.Param | Coded, letters: str, dtype, out) -
     no decoded weight is ever stored.
     """
     if not isinstance(weight, Coded):
-        return times(x, gather_fsdp(weight, dtype), letters, out)
+        return times(x, weight[...].astype(dtype), letters, out)
     values = gather_fsdp(weight.values, weight.values.dtype).astype(dtype)  # gathered in few bits
     scale = gather_fsdp(weight.scale, dtype)
     (inputs, _), outputs = letters.split("->")[0].split(","), letters.split("->")[1]

@@ -5,6 +5,8 @@ Weights have the published names and are stored (out, in), as in the published c
 """
 
 import dataclasses
+import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -73,15 +75,21 @@ class Block(nnx.Module):
         self.lora = nnx.data(None)  # adapters by the weight that they stand beside; see model/lora.py
 
     def __call__(
-        self, x_BLD: jax.Array, mask: Mask = FULL, positions: jax.Array | None = None, past: Past | None = None
+        self,
+        x_BLD: jax.Array,
+        mask: Mask = FULL,
+        positions: jax.Array | None = None,
+        past: Past | None = None,
+        square_BL: jax.Array | None = None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         """The layer's output, [B, L, D], and its keys (rotated) and values, [B, K, L, H].
 
         past: keys and values of other positions; the queries see them besides what `mask` says of their own.
+        square_BL: `mean_square` of x, where it is known already.
         """
         c, dtype = self.config, self.config.dtype
         heads = spec(BATCH, "context", "tensor", None)
-        h_BLD = rms_norm(x_BLD, gather_fsdp(self.attn_norm, x_BLD.dtype), c.rms_norm_eps).astype(dtype)
+        h_BLD = rms_norm(x_BLD, gather_fsdp(self.attn_norm, x_BLD.dtype), c.rms_norm_eps, square_BL).astype(dtype)
         q, k, v = (jnp.swapaxes(self.times(name, h_BLD, heads), 1, 2) for name in ("q_proj", "k_proj", "v_proj"))
         q, k = (checkpoint_name(rope(x, c.rope_theta, positions), "qk") for x in (q, k))
         v = checkpoint_name(v, "v")
@@ -149,10 +157,10 @@ class Transformer(nnx.Module):
         x_BLD = reshard(x_BLD.astype(wide if c.residual == "parameters" else c.dtype), *HIDDEN)
         return x_BLD if self.lora is None else x_BLD + self.lora.embed(tokens_BL, x_BLD.dtype)
 
-    def norm(self, x_BLD: jax.Array) -> jax.Array:
+    def norm(self, x_BLD: jax.Array, square_BL: jax.Array | None = None) -> jax.Array:
         """The residual stream after the last layer, normed, in the compute dtype."""
         c = self.config
-        return rms_norm(x_BLD, gather_fsdp(self.ln_f, x_BLD.dtype), c.rms_norm_eps).astype(c.dtype)
+        return rms_norm(x_BLD, gather_fsdp(self.ln_f, x_BLD.dtype), c.rms_norm_eps, square_BL).astype(c.dtype)
 
     def hidden(
         self, tokens_BL: jax.Array, mask: Mask | jax.Array | None = None, positions: jax.Array | None = None
@@ -164,13 +172,16 @@ class Transformer(nnx.Module):
         """
         c, mask = self.config, own_mask(self.config, mask)
 
-        def layer(x_BLD, block):
-            return block(checkpoint_name(x_BLD, "input"), mask, positions)[0], None
+        def layer(carry, block):  # what a norm needs to know of x is summed where x is computed
+            x_BLD, square_BL = carry
+            x_BLD = block(checkpoint_name(x_BLD, "input"), mask, positions, square_BL=square_BL)[0]
+            return (x_BLD, mean_square(x_BLD)), None
 
         if c.remat != "none":
             layer = jax.checkpoint(layer, prevent_cse=False, policy=_POLICIES[c.remat])
-        x_BLD, _ = jax.lax.scan(layer, self.embed(tokens_BL), self.blocks, unroll=_unroll(c))
-        return self.norm(x_BLD)
+        x_BLD = self.embed(tokens_BL)
+        carry, _ = jax.lax.scan(layer, (x_BLD, mean_square(x_BLD)), self.blocks, unroll=_unroll(c))
+        return self.norm(*carry)
 
     def __call__(
         self, tokens_BL: jax.Array, mask: Mask | jax.Array | None = None, positions: jax.Array | None = None
@@ -211,11 +222,37 @@ def _unroll(c: ModelConfig) -> int:
     return min(c.n_layers, 8) if platform() == "cpu" else 1
 
 
-def rms_norm(x_BLD: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
-    """Root-mean-square norm: statistics in float32, cast back, then scaled (the published order)."""
-    x32 = x_BLD.astype(jnp.float32)
-    normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
-    return scale_D * normed.astype(x_BLD.dtype)
+def rms_norm(x_BLD: jax.Array, scale_D: jax.Array, eps: float, square_BL: jax.Array | None = None) -> jax.Array:
+    """Root-mean-square norm: statistics in float32, cast back, then scaled (the published order).
+
+    square_BL: `mean_square` of x, where it is known already.
+    """
+    square_BL = mean_square(x_BLD) if square_BL is None else square_BL
+    normed_BLD: Any = _over_root(x_BLD, square_BL, eps)
+    return scale_D * normed_BLD
+
+
+def mean_square(x_BLD: jax.Array) -> jax.Array:
+    """Of each position, float32 [B, L]. A constant to autodiff: `rms_norm` has its derivative in that of x."""
+    x32 = jax.lax.stop_gradient(x_BLD).astype(jnp.float32)
+    return jnp.mean(x32 * x32, axis=-1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _over_root(x_BLD: jax.Array, square_BL: jax.Array, eps: float) -> jax.Array:
+    """x / √(square + ε), in the dtype of x; square_BL is its `mean_square`."""
+    return (x_BLD.astype(jnp.float32) * jax.lax.rsqrt(square_BL + eps)[..., None]).astype(x_BLD.dtype)
+
+
+def _over_root_backward(eps: float, kept, dy_BLD: jax.Array):
+    x_BLD, square_BL = kept
+    root_BL1 = jax.lax.rsqrt(square_BL + eps)[..., None]
+    y_BLD, dy32 = x_BLD.astype(jnp.float32) * root_BL1, dy_BLD.astype(jnp.float32)
+    dx_BLD = root_BL1 * (dy32 - y_BLD * jnp.mean(dy32 * y_BLD, axis=-1, keepdims=True))
+    return dx_BLD.astype(x_BLD.dtype), None
+
+
+_over_root.defvjp(lambda x, square, eps: (_over_root(x, square, eps), (x, square)), _over_root_backward)
 
 
 def rope(x_BNLH: jax.Array, theta: float, positions: jax.Array | None = None) -> jax.Array:

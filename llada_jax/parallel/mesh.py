@@ -152,7 +152,11 @@ def reshard(x: jax.Array, *axes) -> jax.Array:
 
 def gather_fsdp(param, dtype) -> jax.Array:
     """FSDP in one line: a parameter cast for compute, then gathered over fsdp (it stays split over tensor)."""
-    w = param[...].astype(dtype)
+    return gathered(param[...].astype(dtype))
+
+
+def gathered(w: jax.Array) -> jax.Array:
+    """`w`, no longer split over fsdp."""
     if current_mesh() is None:
         return w
     return reshard(w, *(None if axis == "fsdp" else axis for axis in jax.typeof(w).sharding.spec))
