@@ -39,8 +39,8 @@ MOST_EVENTS = 50  # of a run that are shown, the last ones
 BASE = 160  # of the bars by mask ratio: the height at which they stand
 
 
-def render(workdir: str | Path) -> Path:
-    """Writes report.html of a quickstart into its workdir, whole or not at all; returns its path.
+def render(workdir: str | Path, output: str | Path | None = None) -> Path:
+    """Writes the page of a quickstart, by default report.html in its workdir, whole or not at all; returns its path.
 
     Raises InputError if report.json, or the metrics.jsonl of a run it names, is missing or broken.
     """
@@ -49,9 +49,9 @@ def render(workdir: str | Path) -> Path:
     runs = {name: _read_metrics(workdir / run / "metrics.jsonl") for name, run in report.get("runs", {}).items()}
     losses = [_loss(name, run) for name, run in runs.items() if run.get(SMOOTH)]
     return _write(
-        workdir / "report.html", title="Forwards and backwards", report=report, facts=_facts(report), losses=losses,
-        bars=_ratios(runs.get("llada", {})), trajectories=list(map(_trajectory, report.get("trajectories") or ())),
-        runs=[], charts=[],
+        Path(output or workdir / "report.html"), title="Forwards and backwards", report=report, facts=_facts(report),
+        losses=losses, bars=_ratios(runs.get("llada", {})),
+        trajectories=list(map(_trajectory, report.get("trajectories") or ())), runs=[], charts=[],
     )  # fmt: skip
 
 
@@ -162,10 +162,10 @@ def _trajectory(trajectory: dict) -> dict:
 
 
 def _shown(piece: str) -> str:
-    """The piece as the page writes it: special tokens and line ends as one quiet sign."""
-    if re.fullmatch(r"<[|/a-zA-Z][^<>\s]*>", piece):  # <|endoftext|>, </s>; not a byte, <0xE5>
+    """A piece of `Tokenizer.piece` as the page writes it: special tokens as one quiet sign that every font has."""
+    if piece in ("␂", "␃", "␄") or re.fullmatch(r"<[|/a-zA-Z][^<>\s]*>", piece):  # </s>; not a byte, <0xE5>
         return "∙"
-    return piece.replace("\n", "↵")
+    return piece.replace("⏎", "↵")
 
 
 def _loss(name: str, run: dict) -> dict:
@@ -311,13 +311,13 @@ def main(argv: list[str]) -> None:
     if not workdirs:
         raise InputError("say which runs: report.py WORKDIR [WORKDIR …]")
     if len(workdirs) == 1 and (Path(workdirs[0]) / "report.json").exists() and not flags.FLAGS.prompt:
-        print(render(workdirs[0]))
+        print(render(workdirs[0], flags.FLAGS.output))
     else:
         print(render_runs(workdirs, flags.FLAGS.output, flags.FLAGS.prompt))
 
 
 if __name__ == "__main__":
     flags.DEFINE_list("workdir", None, "The directories, with commas between them, instead of as words.")
-    flags.DEFINE_string("output", None, "The page of runs; by default report.html in the workdir of the first one.")
+    flags.DEFINE_string("output", None, "The page; by default report.html in the first workdir.")
     flags.DEFINE_string("prompt", "", "A text that each run's model continues; the page shows how it denoises.")
     cli.run(main, words=True)

@@ -56,7 +56,7 @@ REPORT = {
         {
             "title": "下一句", "prompt": "", "confidence": [0.93, 0.52, 0.31],
             "commit_step": [1, 0, 1],
-            "frames": [["▒", "▒", "▒"], ["▒", "霜", "▒"], [HOSTILE, "霜", "</s>"]],
+            "frames": [["▒", "▒", "▒"], ["▒", "霜", "▒"], [HOSTILE, "霜", "␃"]],
         }
     ],
 }  # fmt: skip
@@ -111,6 +111,14 @@ class Page(HTMLParser):
 @pytest.fixture
 def rendered(tmp_path):
     return page.render(workdir(tmp_path)).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "piece, shown",
+    [("␃", "∙"), ("␄", "∙"), ("</s>", "∙"), ("<|eot_id|>", "∙"), ("⏎", "↵"), ("‹E5›", "‹E5›"), ("霜", "霜")],
+)
+def test_special_tokens_are_a_sign_that_every_font_has(piece, shown):
+    assert page._shown(piece) == shown
 
 
 def test_every_number_is_on_the_page(rendered):
@@ -235,8 +243,10 @@ def test_command_line(tmp_path):
         assert done.returncode == 2
         assert done.stderr.startswith(message) and done.stderr.count("\n") == 1
     workdir(tmp_path)
-    done = subprocess.run([*command, f"--workdir={tmp_path}"], capture_output=True, text=True)
-    assert (done.returncode, done.stdout.strip()) == (0, str(tmp_path / "report.html"))
+    for flag, made in ((), "report.html"), ((f"--output={tmp_path / 'page.html'}",), "page.html"):
+        done = subprocess.run([*command, f"--workdir={tmp_path}", *flag], capture_output=True, text=True)
+        assert (done.returncode, done.stdout.strip()) == (0, str(tmp_path / made))
+        assert (tmp_path / made).exists()
 
 
 @pytest.fixture
