@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec as P
 
-from llada_jax.parallel.mesh import current_mesh, gathered, platform, spec
+from llada_jax.parallel.mesh import current_mesh, gathered, platform, spec, sums_beside_products
 
 # The products of a block: its input, the weight (outputs first) and the output. B batch, L length, D model width,
 # N query heads, K key heads, H head size, F MLP width.
@@ -76,8 +76,11 @@ def _by_rows(x: jax.Array, weight: jax.Array, letters: str, out: P | None) -> ja
     """The heads of a TPU, [B, L, N, H], computed as rows of N·H numbers.
 
     Left to itself, libtpu writes head by head: 128 columns, which fill half of a matrix unit of v6e and 7x. The weight
-    is gathered as rows, too: gathered as heads it would be copied.
+    is gathered as rows, too: gathered as heads it would be copied. But on v5e 3.6 ms of sums, hidden otherwise, would
+    then be waited for in each layer.
     """
+    if sums_beside_products():
+        weight = gathered(weight)
     (inputs, _), (N, H) = letters.split("->")[0].split(","), weight.shape[:2]
     axes = (None, None, None) if out is None else jax.typeof(weight).sharding.spec
     flat = jnp.reshape(weight, (N * H, *weight.shape[2:]), out_sharding=out and P(axes[0], axes[2]))

@@ -165,15 +165,18 @@ def gathered(w: jax.Array) -> jax.Array:
 def sum_gradients_first(x, weights):
     """(x, weights), unchanged. Backward, the gradient of x waits for those of `weights`, summed over the devices.
 
-    Only where a chip sums gradients while it computes something else (`chips.SUMS_BESIDE_PRODUCTS`): XLA would leave
-    these sums for the end of a layer's backward pass, where nothing is left to compute beside them. On v5e-256 half of
-    the time of all sums would be waited for.
+    Only where `sums_beside_products`: XLA would leave these sums for the end of a layer's backward pass, where nothing
+    is left to compute beside them. On v5e-256 half of the time of all sums would be waited for.
     """
+    return _together(x, weights) if sums_beside_products() else (x, weights)
+
+
+def sums_beside_products() -> bool:
+    """Whether the chips of the mesh sum gradients while they compute something else (`chips.SUMS_BESIDE_PRODUCTS`)."""
     mesh = current_mesh()
     if mesh is None or mesh.shape["data"] * mesh.shape["fsdp"] == 1 or mesh.abstract_device is None:
-        return x, weights
-    options = compiler_options_for(mesh.abstract_device.device_kind)
-    return _together(x, weights) if SUMS_BESIDE_PRODUCTS.items() <= options.items() else (x, weights)
+        return False
+    return SUMS_BESIDE_PRODUCTS.items() <= compiler_options_for(mesh.abstract_device.device_kind).items()
 
 
 @jax.custom_vjp
