@@ -111,9 +111,11 @@ def test_every_kernel_answers_every_mask(rng, kernel, kind, block, segments):
     assert_close(ours, values_and_gradients(plain, *args), 2e-5)
 
 
-def test_splash_in_bfloat16_over_several_blocks(rng, monkeypatch):
+@pytest.mark.parametrize("kind, block, L", [("noisy_and_clean", 50, 500), ("full", 0, 512)])
+def test_splash_in_bfloat16_over_several_blocks(rng, monkeypatch, kind, block, L):
+    """Of a full mask the backward kernel takes two blocks of keys at once."""
     monkeypatch.setattr(attention_module, "_block", lambda length, most: _block(length, 128))
-    args = problem(rng, L=500, segments="documents", kind="noisy_and_clean", block=50, dtype="bfloat16")
+    args = problem(rng, L=L, segments="documents", kind=kind, block=block, dtype="bfloat16")
     assert_close(values_and_gradients(FUNCTIONS["splash"], *args), values_and_gradients(FUNCTIONS["xla"], *args), 3e-2)
 
 
