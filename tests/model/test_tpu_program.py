@@ -17,9 +17,10 @@ from llada_jax.fields import InputError
 from llada_jax.model.attention import attention
 from llada_jax.model.config import PRESETS
 from llada_jax.model.masks import Mask
+from llada_jax.model.products import PRODUCTS, times
 from llada_jax.objectives import OBJECTIVES
 from llada_jax.parallel import chips
-from llada_jax.parallel.mesh import BATCH, TOKENS, make_mesh
+from llada_jax.parallel.mesh import BATCH, HIDDEN, TOKENS, make_mesh
 from llada_jax.training import optimizer
 from llada_jax.training.step import init_state, make_train_step
 
@@ -130,3 +131,15 @@ def test_every_chip_has_its_options():
     assert chips.compiler_options_for("unheard of") == {}
     for kind in ("cpu", "TPU v4", "TPU v5 lite", "TPU v5", "TPU v6 lite", "TPU7x", "NVIDIA H100 80GB HBM3"):
         assert chips.compiler_options_for(kind)
+
+
+@pytest.mark.parametrize("chip, axes", [("v5e:2x2", 3), ("v6e:2x2", 2)])
+def test_weights_of_heads_are_gathered_as_rows_but_on_v5e(topology, chip, axes):
+    mesh = make_mesh(dict(data=1, fsdp=4, tensor=1, context=1), topology(chip))
+    place = lambda shape, spec: jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, spec))
+    x, weight = place((4, 16, 512), HIDDEN), place((4, 128, 512), P("tensor", None, "fsdp"))
+    out = P(BATCH, "context", "tensor", None)
+    with jax.set_mesh(mesh):
+        found = jax.make_jaxpr(lambda x, w: times(x, w, PRODUCTS["q_proj"], out))(x, weight)
+    gathers = [e for e in found.jaxpr.eqns if e.primitive.name == "reshard"]
+    assert gathers[0].invars[0].aval.ndim == axes

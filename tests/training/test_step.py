@@ -12,11 +12,13 @@ from ml_collections import ConfigDict
 from llada_jax.config import run_config
 from llada_jax.fields import InputError
 from llada_jax.model.masks import Mask
+from llada_jax.model.transformer import Transformer
 from llada_jax.objectives import OBJECTIVES
 from llada_jax.objectives.elbo import NoisyBatch
+from llada_jax.objectives.noise import mask_ratios
 from llada_jax.parallel.mesh import global_batch, make_mesh
 from llada_jax.training import optimizer, step
-from llada_jax.training.step import init_state, make_train_step
+from llada_jax.training.step import init_state, make_eval_step, make_train_step
 
 OBJECTIVE = ConfigDict(dict(eps=1e-3, stratified=True, balanced=True, attention="documents"))
 
@@ -94,6 +96,30 @@ def test_each_device_takes_its_rows_in_the_order_of_their_mask_ratios(rng):
     np.testing.assert_array_equal(found.ratio, ratio[wanted])
     for x in (found.inputs, found.targets, found.weights, found.mask.segment_ids):
         np.testing.assert_array_equal(np.asarray(x)[:, 0], wanted)
+
+
+def test_validation_rows_have_the_same_masks_whatever_fills_up_their_batch(tiny, rng):
+    tokens = jnp.asarray(rng.integers(7, 60, (16, 32)))
+    evaluate = make_eval_step(OBJECTIVES["pretrain"], ConfigDict({**OBJECTIVE, "stratified": False}))
+
+    def found(rows):
+        maskable = jnp.broadcast_to(jnp.arange(rows)[:, None] < 8, (rows, 32))
+        batch = dict(tokens=tokens[:rows], segment_ids=jnp.ones((rows, 32), int), maskable=maskable)
+        return evaluate(Transformer(tiny, jax.random.key(0)), batch, jax.random.key(1))
+
+    assert_same([found(8)], [found(16)])
+
+
+def test_training_rows_are_dealt_for_balance(tiny):
+    tokens = jnp.full((60, 32), 7)
+    batch = dict(tokens=tokens, segment_ids=tokens, maskable=tokens > 0, answer_length=jnp.full(60, 32))
+    ratios_key, _ = jax.random.split(jax.random.key(1))
+    for balanced in (True, False):
+        config = {**OBJECTIVE, "balanced": balanced}
+        wanted = mask_ratios(ratios_key, 60, stratified=True, balanced=balanced)
+        for name in ("pretrain", "sft"):
+            noisy = OBJECTIVES[name].corrupt(batch, jax.random.key(1), tiny, ConfigDict(config))
+            np.testing.assert_array_equal(noisy.ratio, wanted)
 
 
 def test_each_step_draws_new_masks(tiny):
