@@ -218,8 +218,11 @@ def _hidden() -> P | None:
 
 
 def _unroll(c: ModelConfig) -> int:
-    """Layers a trip of the scan: XLA's CPU loops copy each layer's weights, so a CPU takes several at once."""
-    return min(c.n_layers, 8) if platform() == "cpu" else 1
+    """Layers a trip of the scan: XLA's CPU loops copy each layer's weights, so a CPU takes several at once.
+
+    Not where layers are computed again: of several in one trip XLA would keep what `remat` wants dropped.
+    """
+    return min(c.n_layers, 8) if platform() == "cpu" and c.remat == "none" else 1
 
 
 def rms_norm(x_BLD: jax.Array, scale_D: jax.Array, eps: float, square_BL: jax.Array | None = None) -> jax.Array:
