@@ -177,3 +177,14 @@ def test_ci_runs_the_tests_of_launch_in_an_environment_of_its_own(tmp_path):
     assert done.returncode == 0, done.stderr
     ran = done.stdout.splitlines()
     assert [line.split("'")[1] for line in ran] == ["ruff", "ruff", "pyright", "pytest"]
+
+
+@pytest.mark.parametrize("mine", [None, "glibc.malloc.check=1"])
+def test_programs_get_huge_pages_unless_the_user_tunes_the_c_library(mine):
+    environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
+    environment |= {} if mine is None else {"GLIBC_TUNABLES": mine}
+    told = subprocess.run(
+        ["bash", "-c", '. launch/environment.sh && env | grep ^GLIBC_TUNABLES='],
+        cwd=ROOT, env=environment, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert told.stdout == f"GLIBC_TUNABLES={mine or 'glibc.malloc.hugetlb=1'}\n"
