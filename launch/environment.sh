@@ -2,7 +2,7 @@
 # with environment.py, and sets $PYTHON to its Python.
 
 # Working memory in huge pages. Otherwise the kernel hands it out again for every step, in pages of 4 KiB, which takes a
-# tenth of a step on a CPU. glibc reads this when a program starts; other C libraries ignore it.
+# tenth of a step on a CPU; on TPU hosts JAX asks for them. glibc reads this as a program starts; other C libraries don't.
 export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}"
 
 find_python() { # sets $base_python to one that can make environments
